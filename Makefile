@@ -1,0 +1,48 @@
+# Every target sets up what it needs: on a fresh machine `make demo` or `make test` is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint types test-all fuzz bench test-gpu train clean
+
+setup: $(STAMP)
+
+# torch first and alone: its pinned build must be in place before anything else asks for "torch".
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python -m examples.digits.demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: lint types
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+fuzz: setup
+	EFFOPT_FUZZ=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+bench: setup
+	$(BIN)/python -m examples.bench
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+train: setup
+	$(BIN)/python -m examples.digits.train
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

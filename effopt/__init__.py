@@ -1,0 +1,1 @@
+"""effopt: a compiler-style graph-rewrite optimizer for transformer inference."""

@@ -1,0 +1,215 @@
+"""Capture: a model becomes a Program, by torch.export, with the dimensions asked for dynamic."""
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from effopt.errors import CaptureError, UsageError, unknown
+from effopt.inputs import Inputs, example_inputs_of, read_inputs
+from effopt.program import Program, Slots, is_tensor
+from effopt.signature import Signature, TensorSpec
+from effopt.structure import leaf_names, to_structure
+
+DYNAMIC = ("batch", "length")
+"""The dimensions that can be dynamic: rows of all inputs, and the token count of a text."""
+
+_UNBOUNDED = 2**31 - 1
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: object = None,
+    *,
+    dynamic: Sequence[str] = ("batch",),
+    seed: int = 0,
+) -> Program:
+    """Trace a model into a Program.
+
+    `example_inputs` is a tensor, a tuple of positional arguments, a dict of keyword arguments or
+    a pair (args, kwargs); a Hugging Face model may leave it out: inputs are drawn from its config.
+    The caller's model is left as it was. Raises UsageError for inputs that are none, CaptureError
+    (with the source line) for a model that is not one graph.
+    """
+    for name in dynamic:
+        if name not in DYNAMIC:
+            raise unknown("dynamic dimension", name, DYNAMIC)
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model, example_inputs)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model is a {type(model).__name__}, not a torch module",
+            "pass an nn.Module, a torch.export.ExportedProgram or a Hugging Face model",
+        )
+    given = example_inputs if example_inputs is not None else example_inputs_of(model, seed)
+    inputs = read_inputs(given)
+    if "batch" in dynamic:
+        inputs = inputs.at_least_two_rows()
+    return _program(_export(model, inputs, dynamic), inputs)
+
+
+def _export(model: nn.Module, inputs: Inputs, dynamic: Sequence[str]) -> ExportedProgram:
+    """Export with one named Dim for each dynamic dimension, shared by all inputs."""
+    dims: dict[str, Any] = {"batch": Dim("batch", min=1)} if "batch" in dynamic else {}
+    if "length" in dynamic:
+        low, high = _length_range(model, inputs, dims)
+        dims["length"] = Dim("length", min=low, max=high)
+    return _traced(model, inputs, dims)
+
+
+def _length_range(
+    model: nn.Module, inputs: Inputs, dims: dict[str, Any]
+) -> tuple[int, int | None]:
+    """Ask torch.export which lengths the model takes: a position table, for one, bounds them."""
+    if inputs.length is None:
+        raise UsageError(
+            "dynamic length was asked for, but no input is a [batch, length] table of token ids",
+            "leave 'length' out of dynamic, or pass integer token ids as an example input",
+        )
+    exported = _traced(model, inputs, {**dims, "length": Dim.DYNAMIC})
+    names, ranges = _symbols(exported, [n for n in exported.graph.nodes if n.name in set(exported.graph_signature.user_inputs)])
+    if "length" not in ranges:
+        raise CaptureError(
+            "the model fixes its sequence length while it is traced",
+            "leave 'length' out of dynamic",
+        )
+    low, high = ranges["length"]
+    return low, None if high == _UNBOUNDED else high
+
+
+def _traced(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> ExportedProgram:
+    shapes = inputs.dynamic_shapes(dims)
+    with _evaluating(model), torch.no_grad(), _explained(model):
+        return torch.export.export(
+            model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch the model to evaluation, and each module back to what it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Turn an error of the trace into a CaptureError that names the model's own source line."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the trace runs the user's code: anything can come
+        place = _user_line(error)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = f"{type(model).__name__} cannot be captured{place}: {type(error).__name__}: {first}"
+        raise CaptureError(reason, _remedy(error)) from error
+
+
+def _user_line(error: BaseException) -> str:
+    """Find the innermost frame of the traceback that is not torch's own."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if not f.filename.startswith(ours) and Path(f.filename).exists()]
+    outside = [f for f in users if "contextlib" not in f.filename]
+    return f" at {outside[-1].filename}:{outside[-1].lineno} ({outside[-1].line})" if outside else ""
+
+
+def _remedy(error: BaseException) -> str:
+    text = f"{type(error).__name__} {error}"
+    table = {
+        "GuardOnDataDependent": "the control flow reads values: use torch.where or torch.cond",
+        "data-dependent": "the control flow reads values: use torch.where or torch.cond",
+        "Constraints violated": "the model fixes that size: leave it out of dynamic, e.g. dynamic=()",
+        "ConstraintViolation": "the model fixes that size: leave it out of dynamic, e.g. dynamic=()",
+        "unexpected keyword": "check the names of the example inputs against forward",
+        "missing": "pass every required argument of forward in the example inputs",
+        "size of tensor": "check the shapes of the example inputs",
+        "shape": "check the shapes of the example inputs",
+    }
+    known = (remedy for key, remedy in table.items() if key in text)
+    return next(known, "run the model once on the example inputs, then torch.export.export on it")
+
+
+def _from_exported(exported: ExportedProgram, example_inputs: object) -> Program:
+    """Take a program that the user exported: its own dynamic dimensions stand."""
+    given = example_inputs if example_inputs is not None else exported.example_inputs
+    if given is None:
+        raise UsageError("the exported program holds no example inputs", "pass example_inputs")
+    return _program(exported, read_inputs(given))
+
+
+def _program(exported: ExportedProgram, inputs: Inputs) -> Program:
+    """Flatten the exported module: tensors in, tensors out, no guards, no nesting."""
+    nested = exported.module(check_guards=False)
+    graph = nested.graph
+    info = graph._codegen.pytree_info
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    constants = [node for node in placeholders if not isinstance(node.meta["val"], Tensor)]
+    for node in constants:
+        graph.erase_node(node)
+    tensors = [node for node in placeholders if node not in constants]
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    names, slots = _flat_outputs(graph, info.out_spec)
+    dynamic, ranges = _symbols(exported, tensors)
+    last = next(reversed(graph.nodes))
+    signature = Signature(
+        tuple(_spec(node.name, node.meta["val"], dynamic) for node in tensors),
+        tuple(_spec(n, o.meta["val"], dynamic) for n, o in zip(names, last.args[0], strict=True)),
+        to_structure(info.out_spec, slots),
+    )
+    flat = torch.fx.GraphModule(nested, graph)
+    return Program(
+        flat, signature, inputs.tensors(), info.in_spec, info.out_spec, slots, dynamic, ranges
+    )
+
+
+def _flat_outputs(graph: torch.fx.Graph, spec: pytree.TreeSpec) -> tuple[list[str], Slots]:
+    """Keep the tensors among the outputs: their names, and which leaf of the nesting is which."""
+    output = next(reversed(graph.nodes))
+    leaves = list(pytree.tree_leaves(output.args[0]))
+    odd = [leaf for leaf in leaves if leaf is not None and not is_tensor(leaf)]
+    if odd or not any(leaf is not None for leaf in leaves):
+        shown = odd[0] if odd else None
+        raise CaptureError(
+            f"the model returns {shown!r}, which is no tensor", "return tensors only"
+        )
+    names = [n for n, leaf in zip(leaf_names(spec), leaves, strict=True) if leaf is not None]
+    output.args = (tuple(leaf for leaf in leaves if leaf is not None),)
+    count = iter(range(len(names)))
+    return names, tuple(None if leaf is None else next(count) for leaf in leaves)
+
+
+def _symbols(
+    exported: ExportedProgram, inputs: list[Node]
+) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Name each symbolic size: the first dimension of an input is `batch`, the second `length`."""
+    names: dict[str, str] = {}
+    ranges: dict[str, tuple[int, int]] = {}
+    for node in inputs:
+        for place, size in enumerate(node.meta["val"].shape):
+            symbol = str(size)
+            if isinstance(size, int) or symbol in names:
+                continue
+            wish = DYNAMIC[place] if place < len(DYNAMIC) else f"size{place}"
+            names[symbol] = wish if wish not in names.values() else f"{node.name}_{place}"
+            found = exported.range_constraints[size.node.expr]
+            bounded = found.upper.is_number and found.upper < _UNBOUNDED
+            upper = int(found.upper) if bounded else _UNBOUNDED
+            ranges[names[symbol]] = (int(found.lower), upper)
+    return names, ranges
+
+
+def _spec(name: str, val: Tensor, dynamic: dict[str, str]) -> TensorSpec:
+    shape = tuple(s if isinstance(s, int) else dynamic.get(str(s), str(s)) for s in val.shape)
+    return TensorSpec(name, str(val.dtype).removeprefix("torch."), shape, name)

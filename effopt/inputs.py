@@ -1,0 +1,127 @@
+"""Example inputs: read from what the user gives, or drawn from a Hugging Face config."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from effopt.errors import UsageError
+
+_FORMS = "pass a tensor, a tuple of positional or a dict of keyword arguments, or (args, kwargs)"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positional and keyword arguments, with the sizes that count rows and tokens in them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: int | None
+    length: int | None
+
+    def leaves(self) -> list[Any]:
+        """Return all leaves in the order in which torch.export takes them."""
+        return list(pytree.tree_leaves((self.args, self.kwargs)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors among the leaves."""
+        return tuple(leaf for leaf in self.leaves() if isinstance(leaf, Tensor))
+
+    def at_least_two_rows(self) -> "Inputs":
+        """Repeat a batch of one: torch.export would take size 1 for a constant."""
+        if self.batch != 1:
+            return self
+        doubled = pytree.tree_map_only(Tensor, self._twice, (self.args, self.kwargs))
+        return replace(self, args=doubled[0], kwargs=doubled[1], batch=2)
+
+    def dynamic_shapes(self, dims: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return torch.export's `dynamic_shapes`: which dimension of each leaf is which Dim."""
+
+        def of_leaf(leaf: Any) -> dict[int, Any] | None:
+            if not isinstance(leaf, Tensor):
+                return None
+            found = {0: dims["batch"]} if "batch" in dims and self._has_batch(leaf) else {}
+            if "length" in dims and self._has_length(leaf):
+                found[1] = dims["length"]
+            return found
+
+        args = pytree.tree_map(of_leaf, self.args)
+        kwargs = pytree.tree_map(of_leaf, self.kwargs)
+        return (*args, *kwargs.values()) if not args else (args, kwargs)
+
+    def _twice(self, leaf: Tensor) -> Tensor:
+        return torch.cat([leaf, leaf]) if self._has_batch(leaf) else leaf
+
+    def _has_batch(self, leaf: Tensor) -> bool:
+        return leaf.ndim > 0 and leaf.shape[0] == self.batch
+
+    def _has_length(self, leaf: Tensor) -> bool:
+        return leaf.ndim == 2 and self._has_batch(leaf) and leaf.shape[1] == self.length
+
+
+def read_inputs(given: object) -> Inputs:
+    """Tell positional from keyword arguments and check that there is a tensor among them.
+
+    The batch is the first dimension of the first tensor; the length is the second dimension of
+    the first integer [batch, length] table. Raises UsageError for anything else.
+    """
+    args, kwargs = _split(given)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise UsageError(f"no tensor among the example inputs ({type(given).__name__})", _FORMS)
+    batch = tensors[0].shape[0] if tensors[0].ndim else None
+    tables = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
+    return Inputs(args, kwargs, batch, tables[0].shape[1] if tables else None)
+
+
+def _split(given: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if not isinstance(given, (tuple, list)):
+        raise UsageError(f"example inputs cannot be a {type(given).__name__}", _FORMS)
+    match given:
+        case [tuple() | list() as args, Mapping() as kwargs]:
+            return tuple(args), dict(kwargs)
+    return tuple(given), {}
+
+
+def example_inputs_of(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Draw inputs for a Hugging Face model from its config (two rows, the second one padded)."""
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    table = {"pixel_values": _images, "input_ids": _tokens}
+    if config is None or main not in table:
+        raise UsageError(
+            f"example inputs are needed: {type(model).__name__} has no config to infer them from",
+            _FORMS,
+        )
+    return table[main](model, config, torch.Generator().manual_seed(seed))
+
+
+def _images(model: nn.Module, config: Any, draw: torch.Generator) -> dict[str, Tensor]:
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise UsageError("the config names no image_size", _FORMS)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    channels = int(getattr(config, "num_channels", 3))
+    return {"pixel_values": torch.randn(2, channels, height, width, generator=draw)}
+
+
+def _tokens(model: nn.Module, config: Any, draw: torch.Generator) -> dict[str, Tensor]:
+    """Draw token ids; the last quarter of the second row is padding, as batches of texts have it."""
+    pad = int(getattr(config, "pad_token_id", None) or 0)
+    # Models that number positions from the pad id on (RoBERTa) take that many tokens fewer.
+    length = min(128, int(getattr(config, "max_position_embeddings", 128)) - pad - 1)
+    ids = torch.randint(pad + 1, int(config.vocab_size), (2, length), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[1, length - length // 4 :] = 0
+    inputs = {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return inputs

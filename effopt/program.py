@@ -1,0 +1,188 @@
+"""Program: a captured model as an ATen graph that passes rewrite and backends lower."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from effopt.errors import UsageError
+from effopt.signature import Signature
+
+Slots = tuple[int | None, ...]
+"""For each leaf of the model's nested output: its place among the outputs, None for a None."""
+
+T = TypeVar("T")
+Analysis = Callable[["Program"], T]
+"""A pure function of a program; `Program.get` keeps its value until the graph changes."""
+
+
+@dataclass(eq=False)
+class Program:
+    """One model as one flat graph.
+
+    `module` takes the input tensors in the order of `signature.inputs` and returns a flat tuple
+    in the order of `signature.outputs`. Every node has a FakeTensor (or a symbolic size) in
+    `meta["val"]`. Only `effopt.edit.Edit` changes the graph.
+
+    `samples` are example inputs (flat, as captured); `dynamic` maps the name of each symbol of
+    the graph to the name that the signature uses for it (`{"s77": "batch"}`), `ranges` gives
+    the sizes that a name stands for.
+    """
+
+    module: GraphModule
+    signature: Signature
+    samples: tuple[Tensor, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    slots: Slots
+    dynamic: dict[str, str] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph in eager torch on the model's own arguments; returns what the model does."""
+        flat = self.flatten(args, kwargs)
+        with torch.no_grad():
+            outputs = self.module(*flat)
+        leaves = [None if slot is None else outputs[slot] for slot in self.slots]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Turn the model's arguments into the flat input tensors; UsageError where they differ."""
+        order = pytree.tree_unflatten(list(range(self.in_spec.num_leaves)), self.in_spec)[1]
+        known = {key: kwargs[key] for key in order if key in kwargs}
+        if len(known) == len(kwargs):
+            leaves, spec = pytree.tree_flatten((args, known))
+            if spec == self.in_spec:
+                return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        names = ", ".join(item.name for item in self.signature.inputs)
+        raise UsageError(
+            f"the inputs do not nest as at capture (inputs: {names})",
+            "pass the same positional and keyword arguments as the example inputs",
+        )
+
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the graph in eager torch on flat inputs."""
+        with torch.no_grad():
+            return tuple(self.module(*inputs))
+
+    def get(self, analysis: Analysis[T]) -> T:
+        """Return the value of an analysis, computed at most once for each state of the graph."""
+        if analysis not in self._known:
+            self._known[analysis] = analysis(self)
+        value: T = self._known[analysis]
+        return value
+
+    def changed(self) -> None:
+        """Forget every analysis; `Edit` calls this."""
+        self._known.clear()
+
+    def fork(self) -> "Program":
+        """Copy the graph, share the weights: a pass works on a fork, which is kept if it is right."""
+        graph = torch.fx.Graph()
+        result = graph.graph_copy(self.module.graph, seen := dict[Node, Node]())
+        for old, new in seen.items():
+            new.meta = copy.copy(old.meta)
+        graph.output(result)
+        last = next(reversed(graph.nodes))
+        last.meta = copy.copy(next(reversed(self.module.graph.nodes)).meta)
+        return replace(self, module=GraphModule(self.module, graph), _known={})
+
+    def nodes(self) -> Iterator[Node]:
+        """Iterate over the nodes in execution order."""
+        return iter(self.module.graph.nodes)
+
+    def inputs(self) -> list[Node]:
+        """Return the placeholders in order."""
+        return [node for node in self.nodes() if node.op == "placeholder"]
+
+    def output(self) -> Node:
+        """Return the output node; its one argument is the flat tuple of outputs."""
+        return next(reversed(self.module.graph.nodes))
+
+    def weight(self, node: Node) -> Tensor:
+        """Return the tensor behind a `get_attr` node."""
+        owner, _, leaf = str(node.target).rpartition(".")
+        value = getattr(self.module.get_submodule(owner), leaf)
+        assert isinstance(value, Tensor), f"{node.target} is no tensor"
+        return value
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all distinct weights and constants."""
+        tensors = {id(t): t for n in self.nodes() if n.op == "get_attr" for t in [self.weight(n)]}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def text(self) -> str:
+        """Write the graph as text, a line a node: `add[s77, 5, 8] = add(x, @bias)`."""
+        return "\n".join(_line(node) for node in self.nodes() if node.op != "get_attr")
+
+
+def value(node: Node) -> Any:
+    """Return what the node yields: a FakeTensor, a size, or a tuple of them."""
+    return node.meta.get("val")
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    """Return the (possibly symbolic) shape of the tensor that a node yields."""
+    val = value(node)
+    assert isinstance(val, Tensor), f"{node.name} yields no tensor"
+    return tuple(val.shape)
+
+
+def is_tensor(node: object) -> bool:
+    """Tell whether an argument is a node that yields a tensor."""
+    return isinstance(node, Node) and isinstance(value(node), Tensor)
+
+
+def module_path(node: Node) -> str:
+    """Return the path of the module that a node comes from, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str([*stack.values()][-1][0]) if stack else ""
+
+
+def source_line(node: Node) -> str:
+    """Return `file:line` of the model's code that made the node, or ""."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    places = [line.strip() for line in lines if line.strip().startswith("File ")]
+    if not places:
+        return ""
+    parts = places[-1].split(", ")
+    return f"{parts[0][5:].strip(chr(34))}:{parts[1].removeprefix('line ')}"
+
+
+def where(node: Node) -> str:
+    """Name the place of a node for an error: its name, operator, module path and source line."""
+    operator = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else node.op
+    path, line = module_path(node), source_line(node)
+    inside = f" in {path}" if path else ""
+    return f"{node.name} ({operator}){inside}" + (f" at {line}" if line else "")
+
+
+def _line(node: Node) -> str:
+    if node.op == "placeholder":
+        return f"{node.name}{_shape_text(node)}"
+    if node.op == "output":
+        return f"return {', '.join(_text(arg) for arg in node.args[0])}"  # type: ignore[union-attr]
+    packet = getattr(node.target, "overloadpacket", node.target)
+    operator = getattr(packet, "__name__", str(packet))
+    words = [_text(arg) for arg in node.args]
+    words += [f"{key}={_text(arg)}" for key, arg in node.kwargs.items()]
+    return f"{node.name}{_shape_text(node)} = {operator}({', '.join(words)})"
+
+
+def _shape_text(node: Node) -> str:
+    val = value(node)
+    return f"[{', '.join(str(size) for size in val.shape)}]" if isinstance(val, Tensor) else ""
+
+
+def _text(arg: Any) -> str:
+    if isinstance(arg, Node):
+        return f"@{arg.target}" if arg.op == "get_attr" else arg.name
+    if isinstance(arg, (list, tuple)):
+        return f"[{', '.join(_text(item) for item in arg)}]"
+    return str(arg)
