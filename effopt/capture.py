@@ -64,9 +64,7 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: Sequence[str]) -> Exporte
     return _traced(model, inputs, dims)
 
 
-def _length_range(
-    model: nn.Module, inputs: Inputs, dims: dict[str, Any]
-) -> tuple[int, int | None]:
+def _length_range(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> tuple[int, int | None]:
     """Ask torch.export which lengths the model takes: a position table, for one, bounds them."""
     if inputs.length is None:
         raise UsageError(
@@ -74,7 +72,10 @@ def _length_range(
             "leave 'length' out of dynamic, or pass integer token ids as an example input",
         )
     exported = _traced(model, inputs, {**dims, "length": Dim.DYNAMIC})
-    names, ranges = _symbols(exported, [n for n in exported.graph.nodes if n.name in set(exported.graph_signature.user_inputs)])
+    names, ranges = _symbols(
+        exported,
+        [n for n in exported.graph.nodes if n.name in set(exported.graph_signature.user_inputs)],
+    )
     if "length" not in ranges:
         raise CaptureError(
             "the model fixes its sequence length while it is traced",
@@ -112,7 +113,9 @@ def _explained(model: nn.Module) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - the trace runs the user's code: anything can come
         place = _user_line(error)
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        reason = f"{type(model).__name__} cannot be captured{place}: {type(error).__name__}: {first}"
+        reason = (
+            f"{type(model).__name__} cannot be captured{place}: {type(error).__name__}: {first}"
+        )
         raise CaptureError(reason, _remedy(error)) from error
 
 
@@ -122,7 +125,9 @@ def _user_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     users = [f for f in frames if not f.filename.startswith(ours) and Path(f.filename).exists()]
     outside = [f for f in users if "contextlib" not in f.filename]
-    return f" at {outside[-1].filename}:{outside[-1].lineno} ({outside[-1].line})" if outside else ""
+    return (
+        f" at {outside[-1].filename}:{outside[-1].lineno} ({outside[-1].line})" if outside else ""
+    )
 
 
 def _remedy(error: BaseException) -> str:

@@ -157,7 +157,11 @@ def source_line(node: Node) -> str:
 
 def where(node: Node) -> str:
     """Name the place of a node for an error: its name, operator, module path and source line."""
-    operator = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else node.op
+    operator = (
+        getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function"
+        else node.op
+    )
     path, line = module_path(node), source_line(node)
     inside = f" in {path}" if path else ""
     return f"{node.name} ({operator}){inside}" + (f" at {line}" if line else "")

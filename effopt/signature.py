@@ -36,9 +36,7 @@ class TensorSpec:
         """Read the record back; a wrong type is an UnsafeFileError."""
         try:
             shape = tuple(s if isinstance(s, int) else str(s) for s in record["shape"])
-            return TensorSpec(
-                str(record["name"]), str(record["dtype"]), shape, str(record["port"])
-            )
+            return TensorSpec(str(record["name"]), str(record["dtype"]), shape, str(record["port"]))
         except (KeyError, TypeError) as error:
             raise UnsafeFileError(f"the signature is damaged: {error}") from error
 

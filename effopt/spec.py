@@ -1,8 +1,8 @@
 """Spec strings: `merge-tokens{r=8,first=2},simplify` is a list of names with options.
 
-    spec   = item ("," item)*
-    item   = name [ "{" option ("," option)* "}" ]
-    option = key "=" value;  value = int | float | true | false | word | "[" value ("," value)* "]"
+spec   = item ("," item)*
+item   = name [ "{" option ("," option)* "}" ]
+option = key "=" value;  value = int | float | true | false | word | "[" value ("," value)* "]"
 """
 
 import re

@@ -1,0 +1,18 @@
+"""Our operators, one kernel a file; `effopt.kernel` loads them by name."""
+
+if __name__ != "effopt.backends.kernels":
+    raise ImportError("import effopt.backends.kernels: two names make two modules")
+
+TABLE = {
+    name: f"effopt.backends.kernels.{name}:KERNEL"
+    for name in (
+        "match_tokens",
+        "merge_tokens",
+        "group_tokens",
+        "gather_tokens",
+        "scatter_tokens",
+        "attention_row",
+        "select_tokens",
+        "fuse_tokens",
+    )
+}

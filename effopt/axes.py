@@ -1,0 +1,249 @@
+"""Axes: what each dimension of each tensor of a graph is, by identity and not by size.
+
+A dimension is a product of factors, outermost first; each factor is an `Axis`. A dimension of
+size 1 is the empty product `()`. Rules by operator family (`effopt.axis_rules`) carry axes
+through the graph and unify them where an operator needs two dimensions to be the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from effopt.program import Program, shape
+
+Size = Any
+"""An int, or a torch.SymInt of the program's shape environment."""
+
+
+class Axis:
+    """One identity. A bound axis stands for the factors that it was found to be made of."""
+
+    __slots__ = ("bound", "name", "part", "reduced_from", "segments", "size")
+
+    def __init__(
+        self,
+        name: str,
+        size: Size,
+        segments: "tuple[Segment, ...]" = (),
+        part: "Part | None" = None,
+        reduced_from: "Dim" = (),
+    ) -> None:
+        self.name = name
+        self.size = size
+        self.segments = segments
+        self.part = part
+        self.reduced_from = reduced_from
+        self.bound: Dim | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+Dim = tuple[Axis, ...]
+Dims = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Places `start` to `stop` of a concatenated axis; learned ones hold no data of the sample."""
+
+    start: Size
+    stop: Size
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """An axis that is the places `start` to `stop` of another dimension (a slice of it)."""
+
+    whole: Dim
+    start: Size
+    stop: Size
+
+
+class AxisError(Exception):
+    """Two dimensions that an operator needs to be one cannot be; caught by the propagation."""
+
+
+def same_size(left: Size, right: Size) -> bool:
+    """Tell whether two sizes are equal for every input, without adding a guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    return bool(statically_known_true(left == right))
+
+
+def leaves(dim: Sequence[Axis]) -> Dim:
+    """Replace bound axes by what they are made of."""
+    found: list[Axis] = []
+    for axis in dim:
+        found.extend((axis,) if axis.bound is None else leaves(axis.bound))
+    return tuple(found)
+
+
+def size_of(dim: Sequence[Axis]) -> Size:
+    """Multiply the sizes of the factors."""
+    total: Size = 1
+    for axis in dim:
+        total = total * axis.size
+    return total
+
+
+def fresh(name: str, size: Size) -> Dim:
+    """Make a dimension with an identity of its own; size 1 has none."""
+    return () if same_size(size, 1) else (Axis(name, size),)
+
+
+def unify(left: Dim, right: Dim) -> None:
+    """Make two dimensions one. Raises AxisError where their factors cannot be matched."""
+    a, b = list(leaves(left)), list(leaves(right))
+    while a and b:
+        x, y = a.pop(0), b.pop(0)
+        if x is y:
+            continue
+        if same_size(x.size, y.size):
+            bind(y, (x,))
+        elif not b and same_size(y.size, size_of([x, *a])):
+            bind(y, (x, *a))
+            return
+        elif not a and same_size(x.size, size_of([y, *b])):
+            bind(x, (y, *b))
+            return
+        else:
+            x, y = _cut_to_match(x, y, a, b)
+            bind(y, (x,))
+    if a or b:
+        raise AxisError(f"{show(left)} meets {show(right)}")
+
+
+def bind(axis: Axis, dim: Dim) -> None:
+    """Let an axis stand for a dimension; the kept one is the one that knows more of itself."""
+    if len(dim) == 1 and _knows(axis) > _knows(dim[0]):
+        axis, dim = dim[0], (axis,)
+    whole = {a for other in dim for a in _history(other)}
+    if axis in whole or set(_history(axis)) & set(dim):
+        raise AxisError(f"{axis} before and after a reduction meet")
+    if axis.part and any(other.part and other.part != axis.part for other in dim):
+        raise AxisError(f"two different parts of {show(axis.part.whole)} meet")
+    axis.bound = dim
+
+
+def _knows(axis: Axis) -> int:
+    return 2 * bool(axis.reduced_from) + bool(axis.segments) + bool(axis.part)
+
+
+def _history(axis: Axis) -> Dim:
+    """Return the axes that a reduced axis came from, nearest first."""
+    found: list[Axis] = []
+    for before in leaves(axis.reduced_from):
+        found += [before, *_history(before)]
+    return tuple(found)
+
+
+def _cut_to_match(x: Axis, y: Axis, a: list[Axis], b: list[Axis]) -> tuple[Axis, Axis]:
+    """Cut the larger of two unequal factors so that both begin with factors of one size."""
+    if divides(y.size, x.size):
+        outer, inner = split(x, y.size)
+        a.insert(0, inner)
+        return outer, y
+    if divides(x.size, y.size):
+        outer, inner = split(y, x.size)
+        b.insert(0, inner)
+        return x, outer
+    raise AxisError(f"{x} of {x.size} does not fit {y} of {y.size}")
+
+
+def divides(part: Size, whole: Size) -> bool:
+    """Tell whether both sizes are fixed and one divides the other."""
+    return isinstance(part, int) and isinstance(whole, int) and part > 0 and whole % part == 0
+
+
+def split(axis: Axis, outer: int) -> tuple[Axis, Axis]:
+    """Cut an axis into two new identities, outer times inner, and bind it to them."""
+    first = Axis(f"{axis.name}:{outer}", outer)
+    second = Axis(f"{axis.name}:", axis.size // outer)
+    axis.bound = (first, second)
+    return first, second
+
+
+def regroup(dims: Dims, sizes: Sequence[Size], name: str) -> Dims:
+    """Cut the factors of a tensor anew into dimensions of the given sizes (a view)."""
+    rest = [axis for dim in dims for axis in leaves(dim)]
+    result: list[Dim] = []
+    for place, size in enumerate(sizes):
+        taken: list[Axis] = []
+        while not same_size(size_of(taken), size):
+            if not rest:
+                raise AxisError(f"{name}: its dimension {place} of {size} has no factors left")
+            taken.append(_take(rest, taken, size, name))
+        result.append(tuple(taken))
+    if rest:
+        raise AxisError(f"{name}: {show(tuple(rest))} is left over")
+    return tuple(result)
+
+
+def _take(rest: list[Axis], taken: list[Axis], size: Size, name: str) -> Axis:
+    """Take the next factor, or the outer part of it that the dimension still needs."""
+    axis = rest.pop(0)
+    need = quotient(size, size_of(taken))
+    if need is None or not isinstance(axis.size, int) or need == axis.size:
+        return axis
+    if need < axis.size and axis.size % need == 0:
+        outer, inner = split(axis, need)
+        rest.insert(0, inner)
+        return outer
+    if need % axis.size:
+        raise AxisError(f"{name}: {axis} of {axis.size} is cut in the middle")
+    return axis
+
+
+def quotient(whole: Size, part: Size) -> int | None:
+    """Divide two sizes; None where the result is not one fixed number for every input."""
+    if isinstance(whole, int) and isinstance(part, int):
+        return whole // part if part and whole % part == 0 else None
+    ratio = expression(whole) / expression(part)
+    return int(ratio) if ratio.is_Integer else None
+
+
+def expression(size: Size) -> Any:
+    """Return the sympy expression of a size."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def show(dim: Dim) -> str:
+    """Write a dimension for an error or a table: `tokens`, `batch·head`, `1`."""
+    return "·".join(axis.name for axis in leaves(dim)) or "1"
+
+
+@dataclass
+class AxisMap:
+    """The dims of every tensor of a program, and the nodes where the rules gave out.
+
+    `dims` maps a node to its Dims (a tuple of Dims where it yields several tensors);
+    `unknown` maps a node to the reason why its dims are fresh guesses of nothing.
+    """
+
+    dims: dict[Node, Any] = field(default_factory=dict)
+    unknown: dict[Node, str] = field(default_factory=dict)
+
+    def of(self, node: Node) -> Dims:
+        """Return the dims of a node that yields one tensor, with bound axes resolved."""
+        return tuple(leaves(dim) for dim in self.dims[node])
+
+
+def find_axes(program: Program) -> AxisMap:
+    """Propagate axes through a program, once, in execution order (an Analysis)."""
+    from effopt.axis_table import propagate
+
+    found = AxisMap()
+    for node in program.nodes():
+        propagate(found, node)
+    return found
+
+
+def fresh_dims(node: Node) -> Dims:
+    """Give every dimension of a node an identity of its own."""
+    return tuple(fresh(f"{node.name}.{place}", size) for place, size in enumerate(shape(node)))

@@ -1,0 +1,102 @@
+"""Engines against each other: their times and how far their outputs agree. Free of torch."""
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import numpy as np
+
+from effopt.backend import Array
+from effopt.engine import Engine, bind
+from effopt.errors import UsageError
+from effopt.measure import compare, cosine, top1_agreement
+from effopt.report import Latency, Quality
+
+Feeds = dict[str, Array]
+
+_BATCH = "batch"
+
+
+def batches(engine: Engine) -> tuple[int, ...]:
+    """Return the batch sizes to measure: 1 and 8, or the one that the engine was fixed to."""
+    shapes = [spec.shape for spec in engine.signature.inputs]
+    if any(_BATCH in shape for shape in shapes):
+        return (1, 8)
+    return next(((shape[0],) for shape in shapes if shape and isinstance(shape[0], int)), (1,))
+
+
+def feeds(engine: Engine, batch: int) -> Feeds:
+    """Return the stored inputs by name, with their rows repeated or cut to the batch size.
+
+    Raises UsageError where the folder stores no inputs, or the batch is fixed to another size.
+    """
+    stored, found = engine.reference, Feeds()
+    for spec in engine.signature.inputs:
+        array = stored.get(f"input.{spec.name}")
+        if array is None:
+            raise UsageError(f"{engine.folder} holds no reference inputs", "write the engine again")
+        axis = spec.shape.index(_BATCH) if _BATCH in spec.shape else None
+        rows = np.arange(batch) % array.shape[axis] if axis is not None else None
+        found[spec.name] = array if rows is None else np.take(array, rows, axis=axis)
+    fixed = batches(engine)
+    if len(fixed) == 1 and batch not in fixed:
+        raise UsageError(
+            f"{engine.folder} was made for a batch of {fixed[0]} only",
+            "convert the model again with --dynamic batch",
+        )
+    return found
+
+
+def time_engines(
+    engines: Mapping[str, Engine], inputs: Feeds, batch: int, budget: float = 20.0
+) -> tuple[Latency, ...]:
+    """Time engines on the same inputs, interleaved, within `budget` seconds.
+
+    The first engine is the baseline of the speed-ups. Only the run itself is timed: the inputs
+    are checked before.
+    """
+    calls = {
+        name: partial(engine.run, bind(engine.signature, (), inputs))
+        for name, engine in engines.items()
+    }
+    timings = compare(calls, budget=budget)
+    return tuple(Latency.of(name, batch, threads(), timing) for name, timing in timings.items())
+
+
+def threads() -> int:
+    """Return the processors that this process may use: the engines use as many threads at most."""
+    allowed = getattr(os, "sched_getaffinity", None)  # absent on some systems
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def agreement(reference: Engine, other: Engine, inputs: Feeds, data: str) -> tuple[Quality, ...]:
+    """Compare the outputs that two engines give by the same name on the same inputs.
+
+    For each: the mean cosine over the rows, with the least row as its lower bound; for `logits`
+    also how often the largest is at the same place, with its 95 % interval.
+    """
+    return tuple(_agreement(_outputs(reference, inputs), _outputs(other, inputs), data))
+
+
+def _outputs(engine: Engine, inputs: Feeds) -> dict[str, Array]:
+    names = [spec.name for spec in engine.signature.outputs]
+    got = engine.run(bind(engine.signature, (), inputs))
+    return dict(zip(names, got, strict=True))
+
+
+def _agreement(want: Feeds, got: Feeds, data: str) -> Iterator[Quality]:
+    for name in [name for name in want if name in got]:
+        if want[name].shape != got[name].shape:
+            continue  # one of them returns fewer tokens on purpose: there is no row to compare
+        found = cosine(want[name], got[name])
+        yield Quality(f"cosine of {name}", found.mean, found.min, None, found.rows, data)
+        if name == "logits":
+            share = top1_agreement(want[name], got[name])
+            yield Quality(
+                f"top-1 agreement of {name}",
+                share.value,
+                share.low,
+                share.high,
+                share.samples,
+                data,
+            )

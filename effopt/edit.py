@@ -1,0 +1,142 @@
+"""Edit: the only way to change a graph. Every new node gets its value and the name of its maker."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx.node import Argument, map_arg
+
+from effopt.errors import VerificationError
+from effopt.program import Program, where
+
+MAKER = "effopt.maker"
+"""Key in `node.meta`: which pass made or changed the node, and why."""
+
+Target = Callable[..., Any]
+
+
+class Edit:
+    """A change of one program by one maker; close it to drop dead nodes and recompile.
+
+    `count` says how many nodes were made, changed or replaced; 0 leaves the graph as it was.
+    """
+
+    def __init__(self, program: Program, by: str) -> None:
+        self.program = program
+        self.by = by
+        self.count = 0
+        self.graph = program.module.graph
+
+    @contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """Insert new nodes ahead of `node`."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: Node) -> Iterator[None]:
+        """Insert new nodes behind `node`, in the order in which they are made."""
+        with self.graph.inserting_before(node.next):
+            yield
+
+    def call(
+        self, target: Target, *args: Argument, name: str | None = None, **kwargs: Argument
+    ) -> Node:
+        """Make a node; its value is inferred, so a wrong shape is an error here and now."""
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta[MAKER] = self.by
+        node.meta["val"] = infer(node, self.program)
+        self.count += 1
+        return node
+
+    def item(self, node: Node, place: int, name: str | None = None) -> Node:
+        """Take one result of a node that yields several."""
+        import operator
+
+        return self.call(operator.getitem, node, place, name=name)
+
+    def constant(self, name: str, tensor: Tensor) -> Node:
+        """Add a constant to the module and return the node that reads it."""
+        path, module = name, self.program.module
+        while hasattr(module, path):
+            path += "_"
+        module.register_buffer(path, tensor, persistent=False)
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.create_node("get_attr", path, name=path)
+        node.meta = {
+            "val": fake_mode(self.program).from_tensor(tensor, static_shapes=True),
+            MAKER: self.by,
+        }
+        self.count += 1
+        return node
+
+    def update(self, node: Node, *args: Argument, **kwargs: Argument) -> None:
+        """Give a node new arguments and infer its value anew."""
+        node.args, node.kwargs = args, kwargs
+        node.meta[MAKER] = self.by
+        node.meta["val"] = infer(node, self.program)
+        self.count += 1
+
+    def retarget(self, node: Node, target: Target, *args: Argument, **kwargs: Argument) -> None:
+        """Make another operator of a node, which keeps its name and place."""
+        node.target = target
+        self.update(node, *args, **kwargs)
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let every reader of `old` read `new`, and drop `old`."""
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in old.meta and key not in new.meta and new.op == "call_function":
+                new.meta[key] = old.meta[key]
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+        self.count += 1
+
+    def erase(self, node: Node) -> None:
+        """Drop a node that nothing reads, such as a check made while tracing."""
+        self.graph.erase_node(node)
+        self.count += 1
+
+    def close(self) -> bool:
+        """Drop dead nodes, recompile if something changed, and say whether it did."""
+        if self.count:
+            self.graph.eliminate_dead_code()
+            self.program.module.delete_all_unused_submodules()
+            self.program.module.recompile()
+            self.program.changed()
+        return self.count > 0
+
+
+def fake_mode(program: Program) -> FakeTensorMode:
+    """Return the mode that the program was traced under; it owns the symbols."""
+    mode = detect_fake_mode([node.meta["val"] for node in program.inputs()])
+    assert mode is not None, "a captured program has fake inputs"
+    return mode
+
+
+def infer(node: Node, program: Program) -> Any:
+    """Run a node on the values of its arguments and return its value.
+
+    Raises VerificationError where the operator does not take them, or where it would fix a
+    symbolic size (a guard that the caller's batch would have to meet).
+    """
+    mode = fake_mode(program)
+    env = mode.shape_env
+    guards = len(env.guards) if env is not None else 0
+    args, kwargs = map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    assert callable(node.target)
+    try:
+        with mode, torch.no_grad():
+            val = node.target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise VerificationError(f"{where(node)}: does not fit its arguments: {first}") from error
+    if env is not None and len(env.guards) > guards:
+        added = ", ".join(str(guard.expr) for guard in env.guards[guards:])
+        raise VerificationError(f"{where(node)}: fixes a size that must stay free: {added}")
+    return val

@@ -1,0 +1,261 @@
+"""What each operator does along a token axis: the table from operator family to effect."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch.fx import Node
+
+from effopt.attention import is_causal
+from effopt.axes import AxisMap, Dim, Dims, Size, leaves, same_size
+from effopt.axis_rules import dim_arg, dim_arg_of_list, dims_arg, first, slice_range, tensors
+from effopt.axis_table import family
+from effopt.program import is_tensor, shape
+
+aten = torch.ops.aten
+
+
+class Kind(Enum):
+    """Effects of an operator along a token axis, by what a reduction ahead of it asks for."""
+
+    MAP = "map"
+    ATTEND = "attend"
+    POOL = "pool"
+    PICK = "pick"
+    RANGE = "range"
+    EMIT = "emit"
+    ORDER = "order"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an operator does along the tokens; `reason` says why ORDER cannot be mended."""
+
+    kind: Kind
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Tokens `start` to `stop` of a token axis; `pure` if they are a dimension by themselves."""
+
+    start: Size
+    stop: Size
+    pure: bool
+
+
+MAP = Effect(Kind.MAP)
+BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token axis, as the factors of its dimension, in the axes of one program."""
+
+    dim: Dim
+    size: Size
+    axes: AxisMap
+
+    def find(self, dim: Dim) -> Range | str | None:
+        """Say which tokens a dimension counts: a Range, BROKEN for a piece of a grid, or None."""
+        own = leaves(dim)
+        if not self._touches(own):
+            return None
+        width = len(self.dim)
+        for place in range(len(own) - width + 1):
+            if own[place : place + width] == self.dim:
+                return Range(0, self.size, len(own) == width)
+        part = self._part(own[0]) if len(own) == 1 else None
+        return part or BROKEN
+
+    def spots(self, dims: Dims) -> dict[int, Range | str]:
+        """Return the dimensions that count tokens."""
+        found = ((place, self.find(dim)) for place, dim in enumerate(dims))
+        return {place: range_ for place, range_ in found if range_ is not None}
+
+    def on(self, node: Node) -> dict[int, Range | str]:
+        """Return the dimensions of a node's value that count tokens."""
+        dims = self.axes.dims.get(node)
+        if dims is None or not is_tensor(node):
+            return {}
+        return self.spots(self.axes.of(node))
+
+    def _touches(self, own: Dim) -> bool:
+        return any(axis in self.dim or self._part(axis) is not None for axis in own)
+
+    def _part(self, axis: object) -> Range | None:
+        part = getattr(axis, "part", None)
+        if part is None:
+            return None
+        whole = leaves(part.whole)
+        if whole == self.dim:
+            return Range(part.start, part.stop, True)
+        outer = self._part(whole[0]) if len(whole) == 1 else None
+        return Range(outer.start + part.start, outer.start + part.stop, True) if outer else None
+
+
+def effect(node: Node, tokens: Tokens) -> Effect | None:
+    """Say what a node does along the tokens; None where no operand carries them."""
+    operands = [arg for arg in dict.fromkeys(tensors(node)) if tokens.on(arg)]
+    if not operands and not _many_carry(node, tokens):
+        return None
+    if node.op == "output":
+        return Effect(Kind.EMIT)
+    if node in tokens.axes.unknown:
+        return Effect(Kind.ORDER, tokens.axes.unknown[node])
+    kind = family(node)
+    if kind not in EFFECTS:
+        return Effect(Kind.ORDER, f"{node.target} has no rule along tokens")
+    if kind != "view" and any(BROKEN in tokens.on(arg).values() for arg in operands):
+        return Effect(Kind.ORDER, "the tokens are laid out as a grid or mixed with another axis")
+    return EFFECTS[kind](node, tokens)
+
+
+def _many_carry(node: Node, tokens: Tokens) -> bool:
+    """Tell whether a node reads a tuple of tensors with tokens."""
+    source = node.args[0] if node.args else None
+    many = tokens.axes.dims.get(source) if isinstance(source, Node) else None
+    if source is None or is_tensor(source) or not many:
+        return False
+    return any(tokens.spots(dims) for dims in many)
+
+
+def _map(node: Node, tokens: Tokens) -> Effect:
+    return MAP
+
+
+def _along(reason: str, places: Callable[[Node], tuple[int, ...]]) -> "EffectRule":
+    """Make the rule of operators that are MAP unless they work along the tokens."""
+
+    def rule(node: Node, tokens: Tokens) -> Effect:
+        spots = tokens.on(first(node))
+        return Effect(Kind.ORDER, reason) if set(places(node)) & set(spots) else MAP
+
+    return rule
+
+
+def _normalised(node: Node) -> tuple[int, ...]:
+    rank, given = len(shape(node)), node.args[1]
+    assert isinstance(given, (list, tuple))
+    return tuple(range(rank - len(given), rank))
+
+
+def _linear(node: Node, tokens: Tokens) -> Effect:
+    x, weight = tensors(node)[:2]
+    mixes = len(shape(x)) - 1 in tokens.on(x) or tokens.on(weight)
+    return Effect(Kind.ORDER, "a linear layer mixes the tokens") if mixes else MAP
+
+
+def _matmul(node: Node, tokens: Tokens) -> Effect:
+    left, right = tensors(node)[-2:]
+    inner = len(shape(left)) - 1 in tokens.on(left) or len(shape(right)) - 2 in tokens.on(right)
+    reason = "a product mixes the tokens outside of an attention call"
+    return Effect(Kind.ORDER, reason) if inner else MAP
+
+
+def _attention(node: Node, tokens: Tokens) -> Effect:
+    q, k = tensors(node)[:2]
+    place = len(shape(q)) - 2
+    if is_causal(node):
+        return Effect(Kind.ORDER, "causal attention depends on the order of the tokens")
+    if place in tokens.on(q) or place in tokens.on(k):
+        return Effect(Kind.ATTEND)
+    return MAP
+
+
+def _view(node: Node, tokens: Tokens) -> Effect:
+    after = tokens.on(node)
+    if BROKEN in after.values() or not after:
+        return Effect(Kind.ORDER, "a view cuts the tokens into a grid or windows")
+    return MAP
+
+
+def _reduction(node: Node, tokens: Tokens) -> Effect:
+    gone, spots = dims_arg(node, 1), tokens.on(first(node))
+    if not set(gone) & set(spots):
+        return MAP
+    pools = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
+    if node.target in pools and len(gone) == 1:
+        return Effect(Kind.POOL)
+    return Effect(Kind.ORDER, f"{node.target} over the tokens has no weighted form")
+
+
+def _select(node: Node, tokens: Tokens) -> Effect:
+    return Effect(Kind.PICK) if dim_arg(node, 1) in tokens.on(first(node)) else MAP
+
+
+def _slice(node: Node, tokens: Tokens) -> Effect:
+    if dim_arg(node, 1) not in tokens.on(first(node)):
+        return MAP
+    if slice_range(node)[2] != 1:
+        return Effect(Kind.ORDER, "every other token is taken")
+    return Effect(Kind.RANGE)
+
+
+def _join(node: Node, tokens: Tokens) -> Effect:
+    place = dim_arg_of_list(node)
+    if any(place in tokens.on(part) for part in tensors(node)):
+        return Effect(Kind.ORDER, "the tokens are joined with others")
+    return MAP
+
+
+def _embedding(node: Node, tokens: Tokens) -> Effect:
+    table = tensors(node)[0]
+    return Effect(Kind.ORDER, "a table is read by token place") if tokens.on(table) else MAP
+
+
+def _spatial(node: Node, tokens: Tokens) -> Effect:
+    beyond = set(tokens.on(first(node))) - {0}
+    return Effect(Kind.ORDER, "a convolution or pooling runs over the tokens") if beyond else MAP
+
+
+def _kernel(node: Node, tokens: Tokens) -> Effect:
+    return Effect(Kind.ORDER, "the tokens are reduced already by an earlier pass")
+
+
+def _gather(node: Node, tokens: Tokens) -> Effect:
+    return Effect(Kind.ORDER, "tokens are gathered by an index")
+
+
+EffectRule = Callable[[Node, Tokens], Effect]
+EFFECTS: dict[str, EffectRule] = {
+    **dict.fromkeys(
+        ("pointwise", "cast", "permute", "transpose", "expand", "stack", "item", "create"), _map
+    ),
+    "norm": _along("a norm runs over the tokens", _normalised),
+    "softmax": _along(
+        "a softmax over the tokens outside of an attention call", lambda n: (dim_arg(n, 1),)
+    ),
+    "scan": _along("a cumulative sum depends on token order", lambda n: dims_arg(n, 1)),
+    "unbind": _along("the tokens are taken apart", lambda n: (dim_arg(n, 1),)),
+    "pieces": _along("the tokens are split", lambda n: (dim_arg(n, 2),)),
+    "roll": _along("the tokens are shifted", lambda n: dims_arg(n, 2)),
+    "linear": _linear,
+    "matmul": _matmul,
+    "attention": _attention,
+    "view": _view,
+    "reduction": _reduction,
+    "select": _select,
+    "slice": _slice,
+    "join": _join,
+    "embedding": _embedding,
+    "gather": _gather,
+    "convolution": _spatial,
+    "grid": _spatial,
+    "kernel": _kernel,
+}
+"""Family → what it does along the tokens. A family without a row blocks every site before it."""
+
+
+def index_of_pick(node: Node, tokens: Tokens) -> tuple[int, bool]:
+    """Return the token that a PICK takes: its place, and whether that counts from the end (<0)."""
+    spot = tokens.on(first(node))[dim_arg(node, 1)]
+    given = node.args[2]
+    assert isinstance(spot, Range)
+    assert isinstance(given, int)
+    if given >= 0 and isinstance(spot.start, int):
+        return spot.start + given, False
+    if given < 0 and same_size(spot.stop, tokens.size):
+        return given, True
+    return int(spot.stop) + given, False

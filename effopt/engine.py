@@ -1,0 +1,218 @@
+"""Running an engine folder: arrays in, arrays out, no torch.
+
+A call checks its arguments against the signature first, so that a wrong one is told by the
+model's own name for it and not by an error of the runtime.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from effopt.backend import Array, Runner, as_array, backend
+from effopt.errors import UsageError
+from effopt.folder import Manifest, read
+from effopt.reference import read_reference
+from effopt.signature import Signature, TensorSpec
+
+TOLERANCES = MappingProxyType({"float64": 1e-10, "float32": 1e-4, "float16": 2e-2})
+"""Largest difference to the stored outputs, relative to the largest stored value.
+
+One file gives other last digits on other processors, as sums run in another order: measured, 1e-6
+for ViT-S and ViT-B in float32 between two implementations (12 layers). A hundred times that leaves
+room for models ten times as deep and wide; a wrong weight or mask shows at 1e-3 and above. Types
+that are not listed must agree exactly."""
+
+
+class Engine:
+    """A loaded engine. Call it with arrays by position or by input name."""
+
+    def __init__(self, folder: Path, manifest: Manifest, runner: Runner) -> None:
+        """Keep what `load` has read and opened."""
+        self.folder = folder
+        self._manifest = manifest
+        self._runner = runner
+
+    @property
+    def signature(self) -> Signature:
+        """The inputs and outputs, by the model's own names."""
+        return self._manifest.signature
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What the folder says about itself; read-only."""
+        return MappingProxyType(self._manifest.to_json())
+
+    @property
+    def reference(self) -> dict[str, Array]:
+        """The stored arrays "input.<name>", "original.<output>" and "optimized.<output>"."""
+        return read_reference(self.folder)
+
+    def __call__(self, *arrays: Any, **named: Any) -> Any:
+        """Run on numpy arrays, torch tensors or nested lists; nest the outputs as the model does.
+
+        A model that returns a bare tensor gives a tuple of one array. Raises UsageError for a
+        wrong name, type, rank or size, or where a size such as the batch differs among inputs.
+        """
+        return self.signature.nest(self.run(bind(self.signature, arrays, named)))
+
+    def run(self, inputs: list[Array]) -> list[Array]:
+        """Run on flat arrays in the order of the signature, which are taken as they are."""
+        return self._runner.run(inputs)
+
+
+def load(path: str | os.PathLike[str]) -> Engine:
+    """Check an engine folder and open its engine.
+
+    Raises UsageError for what is no engine folder, UnsafeFileError for one that was changed or
+    could do harm, MissingError where the runtime is not installed.
+    """
+    folder = Path(os.path.abspath(path))
+    manifest = read(folder)
+    runner = backend(manifest.backend).load(folder, manifest.signature, manifest.facts)
+    return Engine(folder, manifest, runner)
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+def bind(
+    signature: Signature, arrays: Sequence[object], named: Mapping[str, object]
+) -> list[Array]:
+    """Put arguments in the order of the signature, as arrays of its types; UsageError if wrong."""
+    names = [spec.name for spec in signature.inputs]
+    given = dict(zip(names, arrays, strict=False))
+    wrong = [f"{len(arrays)} inputs were given"] if len(arrays) > len(names) else []
+    wrong += [f"there is no input {name!r}" for name in named if name not in names]
+    wrong += [f"input {name!r} is given twice" for name in named if name in given]
+    given.update(named)
+    wrong += [f"input {name!r} is missing" for name in names if name not in given]
+    if wrong:
+        raise UsageError(wrong[0], f"the inputs are: {', '.join(map(describe, signature.inputs))}")
+    bound = [_convert(spec, given[spec.name]) for spec in signature.inputs]
+    _check_sizes(signature.inputs, bound)
+    return bound
+
+
+def describe(spec: TensorSpec) -> str:
+    """Write an input as `pixel_values float32 [batch, 3, 224, 224]`."""
+    return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
+
+
+def _convert(spec: TensorSpec, value: object) -> Array:
+    """Make an array of the input's type; only casts that keep every value are made."""
+    try:
+        array = as_array(value)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"input {spec.name!r} is no array: {error}", describe(spec)) from error
+    if array.dtype.name == spec.dtype:
+        return array
+    if array.dtype.kind not in "biuf" or spec.dtype not in _CASTS:
+        raise _wrong_type(spec, array)
+    wanted = np.dtype(spec.dtype)
+    if hasattr(value, "dtype"):
+        lossless = array.dtype.kind == wanted.kind and np.can_cast(array.dtype, wanted, "safe")
+    else:
+        lossless = _list_fits(array, wanted)
+    if not lossless:
+        raise _wrong_type(spec, array)
+    return array.astype(wanted)
+
+
+_CASTS = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
+
+
+def _list_fits(array: Array, wanted: np.dtype[Any]) -> bool:
+    """Tell whether numbers that were written out keep their value: 1 is 1.0, 300 is no int8."""
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and wanted.kind != "f"):
+        return False
+    if wanted.kind == "f":
+        return True
+    limits = np.iinfo(wanted)
+    return not array.size or bool(array.min() >= limits.min and array.max() <= limits.max)
+
+
+def _wrong_type(spec: TensorSpec, array: Array) -> UsageError:
+    reason = f"input {spec.name!r} must be {spec.dtype}, got {array.dtype.name}"
+    return UsageError(reason, f"convert it first, e.g. x.astype({spec.dtype!r})")
+
+
+def _check_sizes(specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> None:
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec, array in zip(specs, arrays, strict=True):
+        if array.ndim != len(spec.shape):
+            reason = f"input {spec.name!r} has shape {list(array.shape)}"
+            raise UsageError(reason, f"pass {describe(spec)}")
+        for wanted, size in zip(spec.shape, array.shape, strict=True):
+            known, first = (
+                sizes.setdefault(wanted, (size, spec.name))
+                if isinstance(wanted, str)
+                else (wanted, "")
+            )
+            if size == known and size:
+                continue
+            reason = f"input {spec.name!r} has shape {list(array.shape)}"
+            if first and first != spec.name:
+                reason += f", but {wanted} is {known} in {first!r}"
+            raise UsageError(reason, f"pass {describe(spec)}, no size 0")
+
+
+# --- checking an engine by its reference ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One output against what was stored when the engine was built.
+
+    `difference` is the largest absolute difference to the optimized model's output, relative to
+    its largest value; `cosine` is to the original model's output, over all elements.
+    """
+
+    output: str
+    difference: float
+    tolerance: float
+    cosine: float
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the engine still computes what it did; a NaN says no."""
+        return self.difference <= self.tolerance
+
+
+def check(engine: Engine) -> list[Figure]:
+    """Run the stored inputs and compare; UsageError where the folder stores none."""
+    stored = engine.reference
+    inputs = {spec.name: stored.get(f"input.{spec.name}") for spec in engine.signature.inputs}
+    if not stored or any(array is None for array in inputs.values()):
+        raise UsageError(f"{engine.folder} holds no reference inputs", "write the engine again")
+    outputs = engine.run(bind(engine.signature, (), inputs))
+    specs = engine.signature.outputs
+    return [_figure(s.name, got, stored) for s, got in zip(specs, outputs, strict=True)]
+
+
+def _figure(name: str, got: Array, stored: Mapping[str, Array]) -> Figure:
+    want, original = stored[f"optimized.{name}"], stored[f"original.{name}"]
+    tolerance = TOLERANCES.get(got.dtype.name, 0.0)
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return Figure(name, float("inf"), tolerance, float("nan"))
+    return Figure(name, relative_difference(got, want), tolerance, cosine(got, original))
+
+
+def relative_difference(got: Array, want: Array) -> float:
+    """Return max |got - want| / max |want|; 0 for equal arrays, even where all are 0 or NaN."""
+    if np.array_equal(got, want):
+        return 0.0
+    one, other = got.astype(np.float64), want.astype(np.float64)
+    scale = float(np.abs(other).max()) or 1.0
+    return float(np.abs(one - other).max() / scale)
+
+
+def cosine(got: Array, want: Array) -> float:
+    """Return the cosine of the angle between two arrays, NaN where they cannot be compared."""
+    one, other = got.astype(np.float64).ravel(), want.astype(np.float64).ravel()
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other)) if one.size == other.size else 0.0
+    return float(one @ other) / lengths if lengths else float("nan")

@@ -1,0 +1,222 @@
+"""Mend: the one forward walk that removes tokens and repairs all that depended on them.
+
+A pass says at which sites, and chooses the tokens there (a `Reducer`). The walk then visits what
+depends on the tokens, once, in execution order. Every value that carries tokens has an epoch: the
+number of reductions that it has been through. An operator runs at the latest epoch among its
+operands; operands of an earlier one are reduced where they are read, at the last moment.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.fx import Node
+from torch.fx.node import Argument, map_arg
+
+from effopt.attention import mask_of, qkv_of, scale_of, with_mask
+from effopt.axis_rules import tensors
+from effopt.edit import Edit
+from effopt.effects import Kind, Range
+from effopt.errors import PreconditionError
+from effopt.lift import Lift, layout, lengths_of, to_rows, to_stream
+from effopt.masks import find_padding
+from effopt.mend_rules import SIZES, pick_args, pool, slice_args
+from effopt.program import shape, value, where
+from effopt.restore import restore
+from effopt.sites import Site, TokenAxis
+from effopt.state import Point, Reducer, Reduction, State
+
+aten = torch.ops.aten
+TINY = 1e-30
+"""Size 0 (padding) has a logarithm of -69 in place of -infinity: e^-69 is 0 beside any token."""
+
+
+def reduce_tokens(edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer]) -> list[Reduction]:
+    """Remove tokens at sites of one axis and mend everything downstream.
+
+    Returns the reductions made, in order. Raises PreconditionError, with the program half
+    rewritten, where the mending turns out to be impossible: work on a fork.
+    """
+    walk = _Walk(edit, axis, reducers)
+    for node in list(edit.graph.nodes):
+        walk.visit(node)
+    return walk.state.reductions
+
+
+class _Walk:
+    """The walk: its state, and how each effect is mended."""
+
+    def __init__(self, edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer]) -> None:
+        self.edit = edit
+        self.axis = axis
+        self.sites = {site.node: (site, reducer) for site, reducer in reducers.items()}
+        self.state = State(axis, find_padding(axis).mask)
+        self.lift = Lift(edit, self.state)
+
+    def visit(self, node: Node) -> None:
+        """Mend one node if an operand has been reduced; then reduce here if this is a site."""
+        epoch = self.state.epoch_of_operands(node)
+        if epoch:
+            self.state.remember(node)
+            with self.edit.before(node):
+                self._mend(node, epoch)
+        if node in self.sites:
+            self._reduce(*self.sites[node])
+
+    def _mend(self, node: Node, epoch: int) -> None:
+        kind = self.axis.effects[node].kind
+        if kind is Kind.ORDER:
+            reason = self.axis.effects[node].reason
+            raise PreconditionError(where(node), reason, "leave the sites ahead of it out")
+        if kind is Kind.EMIT:
+            self._emit(node)
+            return
+        # What an operator yields is at the operands' epoch; it is rewritten in place.
+        MENDS[kind](self, node, epoch)
+
+    def _operands(self, node: Node, epoch: int) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
+        """Return the arguments with every value that carries tokens at the epoch."""
+
+        def at_epoch(arg: Node) -> Node:
+            return self.lift(arg, node, epoch) if self.state.carries(arg) else arg
+
+        args = map_arg(node.args, at_epoch)
+        kwargs = map_arg(node.kwargs, at_epoch)
+        assert isinstance(args, tuple)
+        assert isinstance(kwargs, dict)
+        return args, kwargs
+
+    def _map(self, node: Node, epoch: int) -> None:
+        args, kwargs = self._operands(node, epoch)
+        if node.target in SIZES:
+            args = SIZES[node.target](self.edit, self.state, node, args, epoch)
+        self.edit.update(node, *args, **kwargs)
+        self.state.put(node, epoch, node)
+
+    def _attend(self, node: Node, epoch: int) -> None:
+        qkv = tuple(
+            self.lift(arg, node, epoch) if self.state.carries(arg) else arg for arg in qkv_of(node)
+        )
+        args, kwargs = with_mask(node, qkv, self._bias(node, mask_of(node), epoch))
+        self.edit.update(node, *args, **kwargs)
+        self.state.put(node, epoch, node)
+
+    def _bias(self, node: Node, mask: Node | None, epoch: int) -> Node | None:
+        """Return log size of the keys plus the model's own bias; sizes include its padding mask."""
+        keys = tensors(node)[1]
+        on_keys = self.state.carries(keys) and len(shape(keys)) - 2 in self.axis.tokens.on(keys)
+        size = self.state.sizes[epoch] if on_keys else None
+        if size is None:
+            carried = mask is not None and self.state.carries(mask)
+            return self.lift(mask, node, epoch) if mask is not None and carried else mask
+        own = None if mask is self.state.padding else mask
+        if own is not None and self.state.carries(own):
+            own = self.lift(own, node, epoch)
+        bias = self._log_size(size, epoch, value(keys).dtype)
+        if own is None or bias is None:
+            return bias if own is None else own
+        return self.edit.call(aten.add.Tensor, own, bias)
+
+    def _log_size(self, size: Node, epoch: int, dtype: torch.dtype) -> Node | None:
+        """Return log size [B, 1, 1, K], made once an epoch; without sizes it only hides padding."""
+        proportional = self.state.reductions[epoch - 1].proportional
+        if not proportional and self.state.padding is None:
+            return None
+        if epoch not in self.state.log_sizes:
+            most = None if proportional else 1.0
+            kept = self.edit.call(aten.clamp.default, size, TINY, most)
+            flat = self.edit.call(aten.log.default, kept)
+            wide = self.edit.call(aten.unsqueeze.default, flat, 1)
+            bias = self.edit.call(aten.unsqueeze.default, wide, 2, name=f"log_size_{epoch}")
+            if value(bias).dtype != dtype:
+                bias = self.edit.call(aten.to.dtype, bias, dtype)
+            self.state.log_sizes[epoch] = bias
+        return self.state.log_sizes[epoch]
+
+    def _pool(self, node: Node, epoch: int) -> None:
+        source = tensors(node)[0]
+        x = self.lift(source, node, epoch)
+        size = self.state.sizes[epoch]
+        if size is None or node.target is aten.amax.default:
+            self.edit.update(node, x, *node.args[1:], **node.kwargs)
+            return
+        place, spot = next(iter(self.axis.tokens.on(source).items()))
+        assert isinstance(spot, Range)
+        rows = layout(self.axis, source)
+        weights = self.lift.part_of(size, spot)
+        self.edit.replace(node, pool(self.edit, node, x, weights, place, rows))
+
+    def _pick(self, node: Node, epoch: int) -> None:
+        x = self.lift(tensors(node)[0], node, epoch)
+        self.edit.update(node, x, *pick_args(node, self.axis))
+
+    def _range(self, node: Node, epoch: int) -> None:
+        x = self.lift(tensors(node)[0], node, epoch)
+        self.edit.update(node, x, *slice_args(node, self.axis))
+        self.state.put(node, epoch, node)
+
+    def _emit(self, node: Node) -> None:
+        outputs = node.args[0]
+        assert isinstance(outputs, (tuple, list))
+        node.args = (tuple(self._whole(out) if isinstance(out, Node) else out for out in outputs),)
+        self.edit.count += 1
+
+    def _whole(self, out: Node) -> Node:
+        if not self.state.carries(out) or not self.state.latest(out):
+            return out
+        return restore(self.edit, self.state, out)
+
+    def _reduce(self, site: Site, reducer: Reducer) -> None:
+        """Let the pass choose tokens at a site, and note the new value of the residual stream."""
+        count = len(self.state.reductions)
+        if self.state.latest(site.node) != count:
+            reason = "it does not follow the site before it on one residual stream"
+            raise PreconditionError(where(site.node), reason, "name fewer sites")
+        with self.edit.after(site.node):
+            point = self._point(site, count)
+            reduction = reducer(point)
+            if reduction is None:
+                return
+            rows = reduction.combine(self.edit, point.x)
+            x = to_stream(self.edit, rows, site.places)
+            self.state.add(reduction, lengths_of(self.edit, rows, 1))
+            self.state.put(site.node, count + 1, x)
+
+    def _point(self, site: Site, count: int) -> Point:
+        x = to_rows(self.edit, self.state.at(site.node, count), site.places)
+        size = self.state.sizes[count]
+        if count == 0:
+            size = self._first_size(x)
+        query, key, _ = qkv_of(site.attention)
+        return Point(
+            edit=self.edit,
+            x=x,
+            query=query,
+            key=key,
+            bias=mask_of(site.attention),
+            scale=scale_of(site.attention),
+            size=size,
+            length=shape(x)[1],
+            prefix=self.axis.prefix,
+            suffix=self.axis.suffix,
+            picks=self.axis.picks,
+            ordered=self.state.padding is not None,
+        )
+
+    def _first_size(self, x: Node) -> Node:
+        """Start with size 1, and 0 for padding."""
+        if self.state.padding is None:
+            one = self.edit.call(aten.select.int, x, 2, 0)
+            return self.edit.call(aten.ones_like.default, one, dtype=torch.float32)
+        flat = self.edit.call(aten.select.int, self.state.padding, 1, 0)
+        flat = self.edit.call(aten.select.int, flat, 1, 0)
+        return self.edit.call(aten.to.dtype, flat, torch.float32)
+
+
+MENDS: dict[Kind, Callable[[_Walk, Node, int], None]] = {
+    Kind.MAP: _Walk._map,
+    Kind.ATTEND: _Walk._attend,
+    Kind.POOL: _Walk._pool,
+    Kind.PICK: _Walk._pick,
+    Kind.RANGE: _Walk._range,
+}
+"""How an operator is mended, by its effect along the tokens."""

@@ -1,0 +1,164 @@
+"""Passes and pipelines: what a pass is, and how a list of them runs over a program."""
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from types import UnionType
+from typing import Any, ClassVar, Protocol, get_origin, get_type_hints
+
+from effopt.errors import PreconditionError, UsageError, unknown
+from effopt.program import Program
+from effopt.report import StepRecord
+from effopt.spec import Item, Value, parse, show
+from effopt.verify import verify
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did: whether the graph changed, notes for people, facts for the report."""
+
+    changed: bool
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pass(Protocol):
+    """One rewrite. A pass is a frozen dataclass: its fields are its options.
+
+    `exact` says whether outputs stay the same to rounding; `normal` that the pass belongs to the
+    normal form, which every pipeline begins with.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+
+    def check(self, program: Program) -> list[PreconditionError]:
+        """Say why the pass cannot run; the program is not touched."""
+        ...
+
+    def run(self, program: Program) -> Outcome:
+        """Rewrite the program through Edit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass in a pipeline; an optional one that must refuse is skipped with its reason."""
+
+    run: Pass
+    optional: bool = False
+
+
+def pass_class(name: str) -> type[Any]:
+    """Load the class of a pass by its name."""
+    from effopt.passes import TABLE
+
+    if name not in TABLE:
+        raise unknown("pass", name, TABLE)
+    module, _, attribute = TABLE[name].partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def make_pass(item: Item) -> Pass:
+    """Build a pass from its written form; unknown options and wrong types are UsageErrors."""
+    kind = pass_class(item.name)
+    options = {option.name: option for option in fields(kind)}
+    hints = get_type_hints(kind)
+    for key, value in item.options.items():
+        if key not in options:
+            raise unknown(f"option of {item.name}", key, options)
+        _check_type(item.name, key, value, hints[key])
+    missing = [
+        o.name
+        for o in options.values()
+        if o.default is MISSING and o.default_factory is MISSING and o.name not in item.options
+    ]
+    if missing:
+        raise UsageError(
+            f"{item.name} needs the option {missing[0]!r}",
+            f"write {item.name}{{{missing[0]}=...}}",
+        )
+    made: Pass = kind(**item.options)
+    return made
+
+
+def _check_type(name: str, key: str, value: Value, hint: Any) -> None:
+    kinds = hint.__args__ if isinstance(hint, UnionType) else (hint,)
+    plain = tuple(get_origin(kind) or kind for kind in kinds)
+    if bool not in plain and isinstance(value, bool):
+        plain = ()
+    if not isinstance(value, (*plain, *((int,) if float in plain else ()))):
+        wanted = " or ".join(str(kind) if get_origin(kind) else kind.__name__ for kind in kinds)
+        raise UsageError(
+            f"option {key!r} of {name} is {show(value)!r}, not of type {wanted}",
+            f"see `effopt passes` for the options of {name}",
+        )
+
+
+def spec_of(step: Pass) -> str:
+    """Write a pass as its spec string: only what differs from the defaults."""
+    changed = {
+        option.name: getattr(step, option.name)
+        for option in fields(step)  # type: ignore[arg-type]
+        if getattr(step, option.name) != option.default
+    }
+    return str(Item(step.name, changed))
+
+
+def parse_passes(text: str) -> list[Pass]:
+    """Read a spec string into passes."""
+    return [make_pass(item) for item in parse(text)]
+
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. Each runs on a fork, is verified, and only then kept."""
+
+    steps: Sequence[Step]
+
+    def run(
+        self, program: Program, progress: Progress | None = None
+    ) -> tuple[Program, tuple[StepRecord, ...]]:
+        """Run all steps; a refused step that is not optional raises its PreconditionError."""
+        records = []
+        for step in self.steps:
+            if progress:
+                progress(step.run.name)
+            program, record = _run_step(step, program)
+            records.append(record)
+        return program, tuple(records)
+
+
+def _run_step(step: Step, program: Program) -> tuple[Program, StepRecord]:
+    start = time.perf_counter()
+    before = _nodes(program)
+    refusals = step.run.check(program)
+    if refusals and not step.optional:
+        raise refusals[0]
+    outcome, after = Outcome(False), program
+    if not refusals:
+        after = program.fork()
+        outcome = step.run.run(after)
+        if outcome.changed:
+            verify(after, step.run.name)
+        else:
+            after = program
+    return after, StepRecord(
+        spec=spec_of(step.run),
+        changed=outcome.changed,
+        skipped=str(refusals[0]) if refusals else "",
+        notes=outcome.notes,
+        nodes_before=before,
+        nodes_after=_nodes(after),
+        seconds=time.perf_counter() - start,
+        facts=dict(outcome.facts),
+    )
+
+
+def _nodes(program: Program) -> int:
+    return sum(node.op == "call_function" for node in program.nodes())

@@ -1,0 +1,86 @@
+"""The machines that effopt optimises for, as rows of a table.
+
+Figures of GPUs are dense peaks; None or an absent dtype means that no source was checked, and an
+estimate made with a figure says that it is one. Sources: the A100 data sheet as quoted at
+glennklockwood.com (80 GB SXM card; the 40 GB card has 1555 GB/s), public comparison pages of
+H100/H200/B200 (SXM), L4/T4 and RTX 4090 (fp16 and fp8 with fp32 accumulation). Where a page gives
+the figure with 2:4 sparsity, half of it stands here; where pages differ, the smaller one does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from effopt.errors import unknown
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of machine.
+
+    `arch` is "cpu", "portable" or a CUDA architecture such as "sm_80". `bandwidth` is in GB/s,
+    `peak` maps a dtype to Tera-operations/s (2 per multiply-accumulate). `dtypes` are those of
+    activations that the machine computes in, `schemes` the quantizations that it runs.
+    """
+
+    name: str
+    backend: str
+    arch: str
+    dtypes: tuple[str, ...]
+    schemes: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    bandwidth: float | None = None
+    peak: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def gpu(self) -> bool:
+        """Tell whether the target is a CUDA device."""
+        return self.arch.startswith("sm_")
+
+
+_FP16, _BF16 = ("float32", "float16"), ("float32", "float16", "bfloat16")
+_INT8, _INT4 = ("int8",), ("int8", "int4-weights")
+_FP8 = (*_INT4, "fp8")
+
+_ROWS = (
+    Target("cpu", "ort", "cpu", ("float32",), ("int8-dynamic", "int8", "int4-weights")),
+    Target("onnx", "onnx", "portable", ("float32",), ("int8",)),
+    Target(
+        "t4", "onnx", "sm_75", _FP16, _INT8, (), 320.0, (("float16", 65.0), ("int8", 130.0))
+    ),
+    Target(
+        "a100", "onnx", "sm_80", _BF16, _INT4, ("2:4",), 2039.0,
+        (("float16", 312.0), ("bfloat16", 312.0), ("int8", 624.0)),
+    ),
+    Target(
+        "l4", "onnx", "sm_89", _BF16, _FP8, ("2:4",), 300.0,
+        (("float16", 121.0), ("int8", 242.0), ("fp8", 242.0)),
+    ),
+    Target(
+        "rtx4090", "onnx", "sm_89", _BF16, _FP8, ("2:4",), 1008.0,
+        (("float16", 165.0), ("int8", 661.0), ("fp8", 330.0)),
+    ),
+    Target(
+        "h100", "onnx", "sm_90", _BF16, _FP8, ("2:4",), 3350.0,
+        (("float16", 989.0), ("int8", 1979.0), ("fp8", 1979.0)),
+    ),
+    Target(
+        "h200", "onnx", "sm_90", _BF16, _FP8, ("2:4",), 4800.0,
+        (("float16", 989.0), ("int8", 1979.0), ("fp8", 1979.0)),
+    ),
+    Target(
+        "b200", "onnx", "sm_100", _BF16, (*_FP8, "nvfp4"), ("2:4",), 8000.0,
+        (("fp8", 4500.0), ("nvfp4", 9000.0)),
+    ),
+    Target("orin", "onnx", "sm_87", _BF16, _INT4, ("2:4",)),
+)  # fmt: skip
+
+TARGETS: Mapping[str, Target] = MappingProxyType({row.name: row for row in _ROWS})
+"""All targets by name; a GPU row writes the portable file today, and says what is pending."""
+
+
+def target(name: str) -> Target:
+    """Return the target of a name; UsageError with the nearest name where there is none."""
+    if name not in TARGETS:
+        raise unknown("target", name, TARGETS)
+    return TARGETS[name]

@@ -1,0 +1,205 @@
+"""canonicalize: one form for each thing: functional operators, no identities, no repeats."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from effopt.axes import same_size
+from effopt.edit import Edit
+from effopt.errors import PreconditionError
+from effopt.pipeline import Outcome
+from effopt.program import Program, is_tensor, shape, value, where
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+ALIASES = (
+    *VIEWS,
+    *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.select.int),
+    *(aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
+    *(aten.unflatten.int, aten.flatten.using_ints, aten.detach.default, aten.alias.default),
+    *(aten.unbind.int, aten.split.Tensor, aten.chunk.default, aten.contiguous.default),
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.dropout.default),
+)
+"""Operators whose result can share memory with their argument."""
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Bring the graph to its normal form: functional, without identities and repeats. Exact."""
+
+    name: ClassVar[str] = "canonicalize"
+    exact: ClassVar[bool] = True
+
+    def check(self, program: Program) -> list[PreconditionError]:
+        """Refuse an in-place operator whose effect is seen through another value."""
+        order = {node: place for place, node in enumerate(program.nodes())}
+        found = (_why_not_functional(node, order) for node in program.nodes())
+        return [refusal for refusal in found if refusal]
+
+    def run(self, program: Program) -> Outcome:
+        """Apply the rules once, in execution order; then share what is computed twice."""
+        edit = Edit(program, self.name)
+        for node in list(program.nodes()):
+            _functional(edit, node)
+        for node in list(program.nodes()):
+            _normalise(edit, node)
+        _share(edit)
+        before = edit.count
+        changed = edit.close()
+        return Outcome(changed, (f"{before} rewrites",) if changed else ("already normal",))
+
+
+def _normalise(edit: Edit, node: Node) -> None:
+    """Apply the first rule that fits; a rule returns what stands for the node, or None."""
+    if node.op != "call_function":
+        return
+    if node.target in CHECKS:
+        edit.erase(node)
+        return
+    if node.target in VIEWS and node.target is not aten.reshape.default:
+        edit.retarget(node, aten.reshape.default, *node.args)
+    same = next((found for rule in IDENTITIES if (found := rule(node)) is not None), None)
+    if same is not None:
+        edit.replace(node, same)
+    elif node.target is aten.reshape.default:
+        _join_views(edit, node)
+
+
+def _join_views(edit: Edit, node: Node) -> None:
+    """reshape(reshape(x)) is one reshape of x, or x itself."""
+    inner = node.args[0]
+    while isinstance(inner, Node) and inner.target is aten.reshape.default:
+        inner = inner.args[0]
+    assert isinstance(inner, Node)
+    if same_shape(inner, node):
+        edit.replace(node, inner)
+    elif inner is not node.args[0]:
+        edit.update(node, inner, *node.args[1:])
+
+
+def same_shape(left: Node, right: Node) -> bool:
+    """Tell whether two tensors have one shape for every input."""
+    a, b = shape(left), shape(right)
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def _unchanged(node: Node) -> Node | None:
+    """Return the argument of a node that returns it as it is: same shape, same dtype."""
+    if node.target not in IDENTICAL:
+        return None
+    inner = node.args[0]
+    if not isinstance(inner, Node) or not same_shape(inner, node):
+        return None
+    return inner if value(inner).dtype == value(node).dtype else None
+
+
+def _neutral(node: Node) -> Node | None:
+    """x + 0, x - 0, x * 1, x / 1."""
+    if node.target not in NEUTRAL or len(node.args) < 2:
+        return None
+    x, other = node.args[:2]
+    if isinstance(other, (Node, bool)) or other != NEUTRAL[node.target] or not is_tensor(x):
+        return None
+    assert isinstance(x, Node)
+    return x if value(x).dtype == value(node).dtype and not node.kwargs else None
+
+
+def _eval_dropout(node: Node) -> Node | None:
+    dropouts = (aten.dropout.default, aten.feature_dropout.default)
+    inert = node.target in dropouts and (node.args[2] is False or node.args[1] == 0)
+    return node.args[0] if inert and isinstance(node.args[0], Node) else None
+
+
+def _whole_slice(node: Node) -> Node | None:
+    step = node.args[4] if len(node.args) > 4 else 1
+    if node.target is not aten.slice.Tensor or step != 1:
+        return None
+    inner = node.args[0]
+    return inner if isinstance(inner, Node) and same_shape(inner, node) else None
+
+
+def _functional(edit: Edit, node: Node) -> None:
+    """Replace `op_` by `op`; what reads the changed value later reads the result."""
+    twin = functional_twin(node)
+    if twin is None:
+        return
+    changed = node.args[0]
+    assert isinstance(changed, Node)
+    order = {other: place for place, other in enumerate(edit.graph.nodes)}
+    later = [user for user in changed.users if order[user] > order[node]]
+    edit.retarget(node, twin, *node.args, **node.kwargs)
+    for user in later:
+        user.replace_input_with(changed, node)
+
+
+def functional_twin(node: Node) -> OpOverload | None:
+    """Return the functional operator of an in-place one (`add_.Tensor` → `add.Tensor`)."""
+    target = node.target
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return None
+    packet = getattr(aten, target._schema.name.split("::")[1].removesuffix("_"), None)
+    twin = getattr(packet, target._overloadname, None)
+    return twin if isinstance(twin, OpOverload) and not twin._schema.is_mutable else None
+
+
+def _why_not_functional(node: Node, order: dict[Node, int]) -> PreconditionError | None:
+    target = node.target
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return None
+    remedy = "write the model without the in-place operator"
+    if functional_twin(node) is None:
+        return PreconditionError(where(node), f"{target} has no functional form", remedy)
+    changed = node.args[0]
+    assert isinstance(changed, Node)
+    if changed.op != "call_function" or changed.target in ALIASES:
+        reason = f"{target} writes into {changed.name}, which other values may share"
+        return PreconditionError(where(node), reason, remedy)
+    views = [user for user in changed.users if user.target in ALIASES]
+    if any(order[reader] > order[node] for view in views for reader in view.users):
+        reason = f"{target} writes into {changed.name}, of which a view is read afterwards"
+        return PreconditionError(where(node), reason, remedy)
+    return None
+
+
+def _share(edit: Edit) -> None:
+    """Compute equal things once: same operator, same arguments, no randomness."""
+    known: dict[Any, Node] = {}
+    for node in list(edit.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        if key in known:
+            edit.replace(node, known[key])
+        else:
+            known[key] = node
+
+
+def _hashable(arg: Any) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return tuple(_hashable(item) for item in arg)
+    if isinstance(arg, dict):
+        return tuple((key, _hashable(item)) for key, item in sorted(arg.items()))
+    return (type(arg), arg) if isinstance(arg, (bool, int, float)) else arg
+
+
+CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
+IDENTICAL = (
+    *(aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default),
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default),
+    *(aten.expand.default, aten.lift_fresh_copy.default, aten.reshape.default),
+)
+NEUTRAL: dict[Any, int] = {
+    aten.add.Tensor: 0,
+    aten.sub.Tensor: 0,
+    aten.mul.Tensor: 1,
+    aten.div.Tensor: 1,
+}
+IDENTITIES: tuple[Callable[[Node], Node | None], ...] = (
+    *(_eval_dropout, _whole_slice, _unchanged, _neutral),
+)

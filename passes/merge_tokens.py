@@ -1,0 +1,188 @@
+"""merge-tokens: tokens that are alike become one (bipartite soft matching on keys).
+
+Bolya et al., "Token Merging: Your ViT But Faster", 2022 (arXiv 2210.09461).
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from effopt.edit import Edit
+from effopt.errors import PreconditionError, UsageError, unknown
+from effopt.kernel import kernel
+from effopt.masks import find_padding
+from effopt.mend import reduce_tokens
+from effopt.passes.schedule import (
+    SCHEDULES,
+    choose_sites,
+    expand_values,
+    fixed,
+    linear,
+    main_axis,
+    removable,
+)
+from effopt.pipeline import Outcome
+from effopt.program import Program
+from effopt.sites import Site, TokenAxis
+from effopt.state import Point, Reducer, Reduction
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MergeTokens:
+    """Merge r tokens into their most similar ones in chosen blocks, between attention and MLP.
+
+    Merged tokens are averages weighted by how many originals they stand for; attention adds the
+    logarithm of that number (proportional attention). Protected tokens stay.
+    """
+
+    name: ClassVar[str] = "merge-tokens"
+    exact: ClassVar[bool] = False
+
+    r: int | tuple[int, ...] = field(
+        metadata={"help": "tokens that leave at each site: one number, or a list, one a site"}
+    )
+    sites: tuple[int, ...] = field(
+        default=(), metadata={"help": "blocks, from 0; empty: all from first to last"}
+    )
+    first: int = field(default=0, metadata={"help": "first block"})
+    last: int = field(default=-1, metadata={"help": "last block, negative from the end"})
+    schedule: str = field(default="constant", metadata={"help": "constant or linear"})
+    inflect: float = field(
+        default=1.0, metadata={"help": "slope of linear: from r(1-inflect) to r(1+inflect)"}
+    )
+    proportional: bool = field(
+        default=True, metadata={"help": "add log(size) of merged tokens to the attention logits"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        counts = self.r if isinstance(self.r, tuple) else (self.r,)
+        if any(isinstance(r, bool) or not isinstance(r, int) or r < 0 for r in counts):
+            raise UsageError(f"r of merge-tokens is {self.r}", "give whole numbers from 0 on")
+
+    def check(self, program: Program) -> list[PreconditionError]:
+        """Refuse where no token axis, no site or no padding mask that sizes can stand for."""
+        if not self._wanted(1):
+            return []
+        plan = self._plan(program)
+        return [plan] if isinstance(plan, PreconditionError) else []
+
+    def run(self, program: Program) -> Outcome:
+        """Rewrite the graph; the notes give the effective counts."""
+        if not self._wanted(1):
+            return Outcome(False, ("r = 0: nothing to merge",))
+        plan = self._plan(program)
+        if isinstance(plan, PreconditionError):
+            raise plan
+        axis, counts = plan
+        edit = Edit(program, self.name)
+        reducers: Mapping[Site, Reducer] = {
+            site: _reducer(self, r) for site, r in counts.items() if r
+        }
+        reduce_tokens(edit, axis, reducers)
+        return _outcome(edit.close(), axis, counts)
+
+    def _wanted(self, sites: int) -> bool:
+        return any(self.r) if isinstance(self.r, tuple) else self.r > 0
+
+    def _plan(self, program: Program) -> "tuple[TokenAxis, dict[Site, int]] | PreconditionError":
+        axis = main_axis(program)
+        if isinstance(axis, PreconditionError):
+            return axis
+        if refusal := find_padding(axis).refusal:
+            return refusal
+        sites = choose_sites(axis, self.sites, self.first, self.last)
+        if isinstance(sites, PreconditionError):
+            return sites
+        counts = self._counts(len(sites))
+        tokens = fixed(axis.size)
+        if tokens is not None and counts and 2 * counts[0] > tokens:
+            raise UsageError(
+                f"r = {counts[0]} is more than half of the {tokens} tokens at the first site",
+                f"at most {removable(tokens, axis.prefix, axis.suffix)} can merge there",
+            )
+        return axis, _effective(axis, dict(zip(sites, counts, strict=True)))
+
+    def _counts(self, sites: int) -> list[int]:
+        if self.schedule == "linear" and isinstance(self.r, int):
+            return linear(self.r, self.inflect, sites)
+        return [int(r) for r in expand_values(self.r, sites, "r")]
+
+
+def _effective(axis: TokenAxis, wanted: dict[Site, int]) -> dict[Site, int]:
+    """Clamp each count to half of what may leave there; a free length is clamped when it runs."""
+    tokens = fixed(axis.size)
+    if tokens is None:
+        return wanted
+    effective = {}
+    for site, r in wanted.items():
+        effective[site] = min(r, removable(tokens, axis.prefix, axis.suffix))
+        tokens -= effective[site]
+    return effective
+
+
+def _reducer(options: MergeTokens, r: int) -> Reducer:
+    """Make the function that chooses and merges tokens at one site."""
+
+    def reduce(point: Point) -> Reduction:
+        edit = point.edit
+        count, keep = _counts(point, r)
+        metric = edit.call(aten.mean.dim, point.key, [1])
+        match = edit.call(
+            kernel("match_tokens").op,
+            *(metric, point.size, count, keep, point.prefix, point.suffix, point.ordered),
+        )
+        kept, source, target = (edit.item(match, place) for place in range(3))
+        merge = kernel("merge_tokens").op
+        merged = edit.call(merge, point.x, point.size, kept, source, target)
+        size = edit.item(merged, 1)
+
+        def combine(edit: Edit, x: Node) -> Node:
+            if x is point.x:
+                return edit.item(merged, 0)
+            return edit.item(edit.call(merge, x, point.size, kept, source, target), 0)
+
+        def group(edit: Edit) -> Node:
+            return edit.call(kernel("group_tokens").op, point.x, kept, source, target)
+
+        return Reduction(kept, size, options.proportional, combine, group, point.x)
+
+    return reduce
+
+
+def _counts(point: Point, r: int) -> tuple[int | Node, int | Node]:
+    """Return how many tokens leave and stay; a free length is clamped when the engine runs.
+
+    Of N tokens, p protected, min(r, (N-p)//2) leave and max(N-r, (N+p+1)//2) stay: so written,
+    both are known to be positive.
+    """
+    if isinstance(point.length, int):
+        return r, point.length - r
+    edit, protected = point.edit, point.prefix + point.suffix
+    length = edit.call(aten.sym_size.int, point.x, 1)
+    free = edit.call(operator.sub, length, protected)
+    most = edit.call(operator.floordiv, free, 2)
+    least = edit.call(operator.add, length, protected + 1)
+    least = edit.call(operator.floordiv, least, 2)
+    rest = edit.call(operator.sub, length, r)
+    return edit.call(torch.sym_min, r, most), edit.call(torch.sym_max, rest, least)
+
+
+def _outcome(changed: bool, axis: TokenAxis, counts: dict[Site, int]) -> Outcome:
+    tokens, rows, notes = fixed(axis.size), [], []
+    for site, r in counts.items():
+        if tokens is None:
+            notes.append(f"block {site.block}: {r} tokens merge, at most half of what may leave")
+            continue
+        rows.append({"path": site.path, "block": site.block, "before": tokens, "after": tokens - r})
+        notes.append(f"block {site.block}: {tokens} -> {tokens - r} tokens")
+        tokens -= r
+    facts = {"sites": rows, "tokens": fixed(axis.size), "protected": [axis.prefix, axis.suffix]}
+    return Outcome(changed, tuple(notes), facts)

@@ -1,0 +1,202 @@
+"""prune-tokens: tokens that the class token does not attend to leave.
+
+Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
+Reorganizations" (EViT), 2022 (arXiv 2202.07800).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from effopt.edit import Edit
+from effopt.errors import PreconditionError, UsageError, unknown
+from effopt.kernel import kernel
+from effopt.mend import reduce_tokens
+from effopt.passes.schedule import (
+    SCHEDULES,
+    choose_sites,
+    expand_values,
+    fixed,
+    main_axis,
+)
+from effopt.pipeline import Outcome
+from effopt.program import Program, where
+from effopt.sites import Site, TokenAxis
+from effopt.state import Point, Reducer, Reduction
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PruneTokens:
+    """Keep the tokens that the class token attends to most, in chosen blocks; drop the others."""
+
+    name: ClassVar[str] = "prune-tokens"
+    exact: ClassVar[bool] = False
+
+    keep: float | tuple[float, ...] = field(
+        metadata={"help": "share of the candidates kept at each site: one number, or one a site"}
+    )
+    sites: tuple[int, ...] = field(
+        default=(), metadata={"help": "blocks, from 0; empty: at 1/4, 1/2 and 3/4 of the depth"}
+    )
+    schedule: str = field(
+        default="constant", metadata={"help": "constant, or linear: from 1 down to keep"}
+    )
+    fuse: bool = field(
+        default=False, metadata={"help": "one more token stands for those that were dropped"}
+    )
+    normalize: bool = field(
+        default=True,
+        metadata={"help": "average the dropped tokens; the paper's sum needs training"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        rates = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        if any(isinstance(r, bool) or not 0 < r <= 1 for r in rates):
+            raise UsageError(f"keep of prune-tokens is {self.keep}", "give shares above 0, up to 1")
+
+    def check(self, program: Program) -> list[PreconditionError]:
+        """Refuse where nothing is a class token, or where the token count is not fixed."""
+        if self._keeps_all():
+            return []
+        plan = self._plan(program)
+        return [plan] if isinstance(plan, PreconditionError) else []
+
+    def run(self, program: Program) -> Outcome:
+        """Rewrite the graph; the notes give the effective counts."""
+        if self._keeps_all():
+            return Outcome(False, ("keep = 1: nothing to prune",))
+        plan = self._plan(program)
+        if isinstance(plan, PreconditionError):
+            raise plan
+        axis, counts = plan
+        edit = Edit(program, self.name)
+        reducers: dict[Site, Reducer] = {
+            site: _reducer(self, after)
+            for site, (before, after) in counts.items()
+            if after < before
+        }
+        reduce_tokens(edit, axis, reducers)
+        return _outcome(edit.close(), axis, counts, self.fuse)
+
+    def _keeps_all(self) -> bool:
+        rates = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        return all(rate == 1 for rate in rates)
+
+    def _plan(
+        self, program: Program
+    ) -> "tuple[TokenAxis, dict[Site, tuple[int, int]]] | PreconditionError":
+        axis = main_axis(program)
+        if isinstance(axis, PreconditionError):
+            return axis
+        tokens = fixed(axis.size)
+        if refusal := _refusal(self, axis, tokens):
+            return refusal
+        assert tokens is not None
+        sites = choose_sites(axis, self.sites or _quarters(axis), 0, -1)
+        if isinstance(sites, PreconditionError):
+            return sites
+        return axis, self._counts(sites, tokens, axis.prefix + axis.suffix)
+
+    def _counts(
+        self, sites: list[Site], tokens: int, protected: int
+    ) -> dict[Site, tuple[int, int]]:
+        rates = expand_values(self.keep, len(sites), "keep")
+        if self.schedule == "linear":
+            steps = range(1, len(sites) + 1)
+            rates = [1 - (1 - rate) * s / len(sites) for rate, s in zip(rates, steps, strict=True)]
+        counts, before = {}, tokens
+        for site, rate in zip(sites, rates, strict=True):
+            kept = protected + ceil(rate * (before - protected) - 1e-9)
+            counts[site] = (before, kept)
+            before = kept + (self.fuse and kept < before)
+        return counts
+
+
+def _refusal(options: PruneTokens, axis: TokenAxis, tokens: int | None) -> PreconditionError | None:
+    place = where(axis.sites[0].attention)
+    if not axis.picks:
+        reason = f"no output picks a class token of {axis.name}, so nothing says what matters"
+        return PreconditionError(place, reason, "use merge-tokens, which needs none")
+    if tokens is None:
+        reason = f"the number of {axis.name} is dynamic: a share of it would count padding"
+        return PreconditionError(
+            place, reason, "leave 'length' out of dynamic, or use merge-tokens"
+        )
+    if options.fuse and axis.suffix:
+        reason = "a fused token goes last, where protected tokens stand"
+        return PreconditionError(place, reason, "use fuse=false")
+    return None
+
+
+def _quarters(axis: TokenAxis) -> tuple[int, ...]:
+    """Return the blocks at 1/4, 1/2 and 3/4 of the depth (3, 6 and 9 of 12)."""
+    blocks = [site.block for site in axis.usable()]
+    return tuple(sorted({blocks[len(blocks) * part // 4] for part in (1, 2, 3)}))
+
+
+def _reducer(options: PruneTokens, keep: int) -> Reducer:
+    """Make the function that scores and drops tokens at one site."""
+
+    def reduce(point: Point) -> Reduction:
+        edit = point.edit
+        score = edit.call(
+            kernel("attention_row").op,
+            *(point.query, point.key, point.bias, list(point.picks), point.scale),
+        )
+        ends = (point.prefix, point.suffix)
+        kept = edit.call(kernel("select_tokens").op, score, keep, *ends)
+        if not options.fuse:
+            return Reduction(kept, None, False, _dropper(kept), None, point.x)
+        return _fused(options, point, score, kept, keep)
+
+    return reduce
+
+
+def _dropper(kept: Node) -> Callable[[Edit, Node], Node]:
+    def combine(edit: Edit, x: Node) -> Node:
+        return edit.call(kernel("gather_tokens").op, x, kept, 1)
+
+    return combine
+
+
+def _fused(options: PruneTokens, point: Point, score: Node, kept: Node, keep: int) -> Reduction:
+    """Append one token for the dropped ones; in masks the best of them stands for it."""
+    edit = point.edit
+    ends = (point.prefix, point.suffix)
+    more = edit.call(kernel("select_tokens").op, score, keep + 1, *ends)
+    sums = [edit.call(aten.sum.dim_IntList, node, [1], True) for node in (more, kept)]
+    best = edit.call(aten.sub.Tensor, *sums)
+    places = edit.call(aten.cat.default, [kept, best], 1)
+
+    def combine(edit: Edit, x: Node) -> Node:
+        held = edit.call(kernel("gather_tokens").op, x, kept, 1)
+        fused = edit.call(kernel("fuse_tokens").op, x, score, kept, options.normalize)
+        return edit.call(aten.cat.default, [held, fused], 1)
+
+    def group(edit: Edit) -> Node:
+        last = edit.call(aten.full_like.default, score, keep, dtype=torch.int64)
+        spots = edit.call(aten.arange.default, keep)
+        wide = edit.call(aten.expand_as.default, spots, kept)
+        return edit.call(aten.scatter.src, last, 1, kept, wide)
+
+    return Reduction(places, None, False, combine, group, point.x)
+
+
+def _outcome(
+    changed: bool, axis: TokenAxis, counts: dict[Site, tuple[int, int]], fuse: bool
+) -> Outcome:
+    rows, notes = [], []
+    for site, (before, kept) in counts.items():
+        after = kept + (fuse and kept < before)
+        rows.append({"path": site.path, "block": site.block, "before": before, "after": after})
+        notes.append(f"block {site.block}: {before} -> {after} tokens")
+    facts = {"sites": rows, "tokens": fixed(axis.size), "protected": [axis.prefix, axis.suffix]}
+    return Outcome(changed, tuple(notes), facts)

@@ -1,0 +1,77 @@
+"""Schedules: how many tokens leave at which block, resolved to one number a site."""
+
+from collections.abc import Sequence
+from math import floor
+
+from effopt.axes import Size
+from effopt.errors import PreconditionError, UsageError
+from effopt.program import Program
+from effopt.sites import Site, TokenAxis, find_tokens
+
+SCHEDULES = ("constant", "linear")
+
+
+def main_axis(program: Program) -> TokenAxis | PreconditionError:
+    """Return the token axis with the most usable sites, or why there is none."""
+    found = program.get(find_tokens)
+    best = max(found, key=lambda axis: len(axis.usable()), default=None)
+    if best is None:
+        reason = "no self-attention call was found, so nothing counts tokens"
+        return PreconditionError("model", reason, "use a transformer, or a recipe without tokens")
+    if not best.usable():
+        refusal = best.sites[0].refusal
+        assert refusal is not None
+        return refusal
+    return best
+
+
+def choose_sites(
+    axis: TokenAxis, blocks: Sequence[int], first: int, last: int
+) -> list[Site] | PreconditionError:
+    """Return the sites of the named blocks, or of all usable blocks from first to last.
+
+    A block named by number must be usable: its refusal is returned otherwise.
+    """
+    by_block = {site.block: site for site in axis.sites}
+    if not blocks:
+        end = last if last >= 0 else max(by_block) + 1 + last
+        return [site for site in axis.usable() if first <= site.block <= end]
+    for block in blocks:
+        if block not in by_block:
+            known = ", ".join(map(str, by_block))
+            reason = f"there is no block {block} with self-attention over {axis.name}"
+            return PreconditionError("model", reason, f"name blocks among {known}")
+    refused = (by_block[block].refusal for block in blocks)
+    return next((r for r in refused if r), None) or [by_block[block] for block in sorted(blocks)]
+
+
+def linear(r: int, inflect: float, sites: int) -> list[int]:
+    """Spread r a site from r(1 - inflect) to r(1 + inflect), rounded down (the rule of ToMe)."""
+    low = floor(r * (1 - inflect))
+    high = 2 * r - low
+    return [floor(low + (high - low) * place / max(sites - 1, 1)) for place in range(sites)]
+
+
+def removable(n: int, prefix: int, suffix: int) -> int:
+    """Return the most tokens that bipartite matching can remove of n: half of the unprotected."""
+    even = sum(1 for place in range(prefix, n - suffix) if place % 2 == 0)
+    odd = n - suffix - prefix - even
+    return max(0, min((n - prefix - suffix) // 2, even)) if odd > 0 else 0
+
+
+def expand_values(value: object, sites: int, option: str) -> list[float]:
+    """Give every site its value: one for all, or a list with one each."""
+    if not isinstance(value, tuple):
+        assert isinstance(value, (int, float))
+        return [value] * sites
+    if len(value) != sites:
+        raise UsageError(
+            f"{option} lists {len(value)} values for {sites} sites",
+            "give one value, or one for each site; name the sites with sites=[...]",
+        )
+    return list(value)
+
+
+def fixed(size: Size) -> int | None:
+    """Return a size if it is the same for every input."""
+    return size if isinstance(size, int) else None
