@@ -1,14 +1,19 @@
 """Engines against each other: their times and how far their outputs agree. Free of torch."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from effopt.backend import Array
-from effopt.engine import Engine, bind
-from effopt.errors import UsageError
+from effopt.engine import Engine, bind, load
+from effopt.errors import EffoptError, UsageError
 from effopt.measure import compare, cosine, top1_agreement
 from effopt.report import Latency, Quality
 
@@ -63,6 +68,30 @@ def time_engines(
     return tuple(Latency.of(name, batch, threads(), timing) for name, timing in timings.items())
 
 
+def time_folders(rows: Mapping[str, Path], budget: float) -> tuple[Latency, ...]:
+    """Time engine folders at their batch sizes in a process of its own.
+
+    A fresh process holds no torch: neither its memory nor its threads disturb the engines. The
+    first folder is the baseline. Raises EffoptError with what the process said where it fails.
+    """
+    request = json.dumps({name: str(folder) for name, folder in rows.items()})
+    command = [sys.executable, "-m", "effopt.bench", request, str(budget)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise EffoptError(f"the engine could not be timed: {last}", "save with measure=False")
+    return tuple(Latency(**record) for record in json.loads(done.stdout))
+
+
+def _time(rows: Mapping[str, str], budget: float) -> list[dict[str, object]]:
+    engines = {name: load(folder) for name, folder in rows.items()}
+    last = list(engines.values())[-1]
+    found: list[Latency] = []
+    for batch in batches(last):
+        found += time_engines(engines, feeds(last, batch), batch, budget)
+    return [asdict(latency) for latency in found]
+
+
 def threads() -> int:
     """Return the processors that this process may use: the engines use as many threads at most."""
     allowed = getattr(os, "sched_getaffinity", None)  # absent on some systems
@@ -75,7 +104,7 @@ def agreement(reference: Engine, other: Engine, inputs: Feeds, data: str) -> tup
     For each: the mean cosine over the rows, with the least row as its lower bound; for `logits`
     also how often the largest is at the same place, with its 95 % interval.
     """
-    return tuple(_agreement(_outputs(reference, inputs), _outputs(other, inputs), data))
+    return tuple(agreement_of(_outputs(reference, inputs), _outputs(other, inputs), data))
 
 
 def _outputs(engine: Engine, inputs: Feeds) -> dict[str, Array]:
@@ -84,7 +113,8 @@ def _outputs(engine: Engine, inputs: Feeds) -> dict[str, Array]:
     return dict(zip(names, got, strict=True))
 
 
-def _agreement(want: Feeds, got: Feeds, data: str) -> Iterator[Quality]:
+def agreement_of(want: Feeds, got: Feeds, data: str) -> Iterator[Quality]:
+    """Compare outputs by name, as `agreement` does for engines."""
     for name in [name for name in want if name in got]:
         if want[name].shape != got[name].shape:
             continue  # one of them returns fewer tokens on purpose: there is no row to compare
@@ -100,3 +130,7 @@ def _agreement(want: Feeds, got: Feeds, data: str) -> Iterator[Quality]:
                 share.samples,
                 data,
             )
+
+
+if __name__ == "__main__":
+    print(json.dumps(_time(json.loads(sys.argv[1]), float(sys.argv[2]))))

@@ -72,10 +72,8 @@ def _length_range(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> tup
             "leave 'length' out of dynamic, or pass integer token ids as an example input",
         )
     exported = _traced(model, inputs, {**dims, "length": Dim.DYNAMIC})
-    names, ranges = _symbols(
-        exported,
-        [n for n in exported.graph.nodes if n.name in set(exported.graph_signature.user_inputs)],
-    )
+    given = set(exported.graph_signature.user_inputs)
+    _, ranges = _symbols(exported, [node for node in exported.graph.nodes if node.name in given])
     if "length" not in ranges:
         raise CaptureError(
             "the model fixes its sequence length while it is traced",
@@ -110,7 +108,7 @@ def _explained(model: nn.Module) -> Iterator[None]:
     """Turn an error of the trace into a CaptureError that names the model's own source line."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the trace runs the user's code: anything can come
+    except Exception as error:
         place = _user_line(error)
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         reason = (
@@ -135,8 +133,8 @@ def _remedy(error: BaseException) -> str:
     table = {
         "GuardOnDataDependent": "the control flow reads values: use torch.where or torch.cond",
         "data-dependent": "the control flow reads values: use torch.where or torch.cond",
-        "Constraints violated": "the model fixes that size: leave it out of dynamic, e.g. dynamic=()",
-        "ConstraintViolation": "the model fixes that size: leave it out of dynamic, e.g. dynamic=()",
+        "Constraints violated": "the model fixes that size: leave it out of dynamic",
+        "ConstraintViolation": "the model fixes that size: leave it out of dynamic",
         "unexpected keyword": "check the names of the example inputs against forward",
         "missing": "pass every required argument of forward in the example inputs",
         "size of tensor": "check the shapes of the example inputs",
@@ -158,7 +156,7 @@ def _program(exported: ExportedProgram, inputs: Inputs) -> Program:
     """Flatten the exported module: tensors in, tensors out, no guards, no nesting."""
     nested = exported.module(check_guards=False)
     graph = nested.graph
-    info = graph._codegen.pytree_info
+    info: Any = getattr(graph._codegen, "pytree_info")  # noqa: B009 - of export's own code generator
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     constants = [node for node in placeholders if not isinstance(node.meta["val"], Tensor)]
     for node in constants:

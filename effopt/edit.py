@@ -1,9 +1,11 @@
 """Edit: the only way to change a graph. Every new node gets its value and the name of its maker."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
@@ -136,7 +138,34 @@ def infer(node: Node, program: Program) -> Any:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         first = str(error).strip().splitlines()[0]
         raise VerificationError(f"{where(node)}: does not fit its arguments: {first}") from error
-    if env is not None and len(env.guards) > guards:
-        added = ", ".join(str(guard.expr) for guard in env.guards[guards:])
-        raise VerificationError(f"{where(node)}: fixes a size that must stay free: {added}")
+    added = [guard.expr for guard in env.guards[guards:]] if env is not None else []
+    narrowing = [expr for expr in added if not _holds_always(expr, env)]
+    if narrowing:
+        shown = ", ".join(map(str, narrowing))
+        raise VerificationError(f"{where(node)}: fixes a size that must stay free: {shown}")
     return val
+
+
+def _holds_always(guard: Any, env: Any) -> bool:
+    """Tell whether a condition on sizes holds for all that the program takes.
+
+    Strides of computed lengths give conditions such as K = max(1, K) that hold but that the
+    shape environment cannot prove. They are tried on a grid: a few batches and many lengths.
+    """
+    symbols = sorted(guard.free_symbols, key=str)
+    grid = itertools.product(*(_tried(env.var_to_range[symbol]) for symbol in symbols))
+    return all(
+        guard.xreplace({s: sympy.Integer(n) for s, n in zip(symbols, sizes, strict=True)})
+        == sympy.true
+        for sizes in grid
+    )
+
+
+def _tried(sizes: Any) -> list[int]:
+    """Choose sizes to try: the first few, which are where such conditions fail, and large ones."""
+    low, high = int(sizes.lower), sizes.upper
+    end = int(high) if high.is_Integer and high < low + _MANY else low + _MANY
+    return sorted({*range(low, min(low + 9, end + 1)), (low + end) // 2, end - 1, end})
+
+
+_MANY = 4096

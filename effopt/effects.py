@@ -75,11 +75,13 @@ class Tokens:
         return {place: range_ for place, range_ in found if range_ is not None}
 
     def on(self, node: Node) -> dict[int, Range | str]:
-        """Return the dimensions of a node's value that count tokens."""
-        dims = self.axes.dims.get(node)
-        if dims is None or not is_tensor(node):
+        """Return the dimensions of a node's value (of any of its values) that count tokens."""
+        if node not in self.axes.dims:
             return {}
-        return self.spots(self.axes.of(node))
+        if is_tensor(node):
+            return self.spots(self.axes.of(node))
+        pieces = (self.spots(dims) for dims in self.axes.dims[node])
+        return {place: spot for spots in pieces for place, spot in spots.items()}
 
     def _touches(self, own: Dim) -> bool:
         return any(axis in self.dim or self._part(axis) is not None for axis in own)
@@ -97,8 +99,8 @@ class Tokens:
 
 def effect(node: Node, tokens: Tokens) -> Effect | None:
     """Say what a node does along the tokens; None where no operand carries them."""
-    operands = [arg for arg in dict.fromkeys(tensors(node)) if tokens.on(arg)]
-    if not operands and not _many_carry(node, tokens):
+    operands = [arg for arg in node.all_input_nodes if tokens.on(arg)]
+    if not operands:
         return None
     if node.op == "output":
         return Effect(Kind.EMIT)
@@ -110,15 +112,6 @@ def effect(node: Node, tokens: Tokens) -> Effect | None:
     if kind != "view" and any(BROKEN in tokens.on(arg).values() for arg in operands):
         return Effect(Kind.ORDER, "the tokens are laid out as a grid or mixed with another axis")
     return EFFECTS[kind](node, tokens)
-
-
-def _many_carry(node: Node, tokens: Tokens) -> bool:
-    """Tell whether a node reads a tuple of tensors with tokens."""
-    source = node.args[0] if node.args else None
-    many = tokens.axes.dims.get(source) if isinstance(source, Node) else None
-    if source is None or is_tensor(source) or not many:
-        return False
-    return any(tokens.spots(dims) for dims in many)
 
 
 def _map(node: Node, tokens: Tokens) -> Effect:

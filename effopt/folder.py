@@ -75,7 +75,7 @@ def write(path: str | os.PathLike[str], fill: Callable[[Path], Manifest]) -> Pat
     try:
         os.chmod(fresh, 0o777 & ~_umask())
         manifest = fill(fresh)
-        _write_manifest(fresh, manifest)
+        seal(fresh, manifest)
         _check_free(target)
         _replace(fresh, target)
     except OSError as error:
@@ -137,9 +137,11 @@ def _umask() -> int:
     return mask
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder that is being made, with the hashes of its other files."""
     files = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    entries = [entry for entry in os.scandir(folder) if entry.name != MANIFEST]
+    for entry in sorted(entries, key=lambda entry: entry.name):
         assert _is_name(entry.name), entry.name
         assert entry.is_file(follow_symlinks=False), entry.name
         with open(entry.path, "rb") as file:

@@ -51,7 +51,7 @@ class Inputs:
 
         args = pytree.tree_map(of_leaf, self.args)
         kwargs = pytree.tree_map(of_leaf, self.kwargs)
-        return (*args, *kwargs.values()) if not args else (args, kwargs)
+        return (*args, *kwargs.values())
 
     def _twice(self, leaf: Tensor) -> Tensor:
         return torch.cat([leaf, leaf]) if self._has_batch(leaf) else leaf
@@ -114,7 +114,7 @@ def _images(model: nn.Module, config: Any, draw: torch.Generator) -> dict[str, T
 
 
 def _tokens(model: nn.Module, config: Any, draw: torch.Generator) -> dict[str, Tensor]:
-    """Draw token ids; the last quarter of the second row is padding, as batches of texts have it."""
+    """Draw token ids; the last quarter of the second row is padding, as in batches of texts."""
     pad = int(getattr(config, "pad_token_id", None) or 0)
     # Models that number positions from the pad id on (RoBERTa) take that many tokens fewer.
     length = min(128, int(getattr(config, "max_position_embeddings", 128)) - pad - 1)

@@ -45,7 +45,7 @@ class Program:
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph in eager torch on the model's own arguments; returns what the model does."""
+        """Run the graph in eager torch on the model's own arguments; returns what it does."""
         flat = self.flatten(args, kwargs)
         with torch.no_grad():
             outputs = self.module(*flat)
@@ -83,7 +83,7 @@ class Program:
         self._known.clear()
 
     def fork(self) -> "Program":
-        """Copy the graph, share the weights: a pass works on a fork, which is kept if it is right."""
+        """Copy the graph, share the weights: a pass works on a fork, kept if it is right."""
         graph = torch.fx.Graph()
         result = graph.graph_copy(self.module.graph, seen := dict[Node, Node]())
         for old, new in seen.items():
@@ -103,7 +103,8 @@ class Program:
 
     def output(self) -> Node:
         """Return the output node; its one argument is the flat tuple of outputs."""
-        return next(reversed(self.module.graph.nodes))
+        last: Node = next(reversed(self.module.graph.nodes))
+        return last
 
     def weight(self, node: Node) -> Tensor:
         """Return the tensor behind a `get_attr` node."""

@@ -8,7 +8,6 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from effopt.axes import Size
-from effopt.axis_rules import tensors
 from effopt.edit import Edit
 from effopt.program import is_tensor
 from effopt.sites import TokenAxis
@@ -115,7 +114,7 @@ class State:
 
     def epoch_of_operands(self, node: Node) -> int:
         """Return the latest epoch among the operands that carry tokens."""
-        carried = [arg for arg in tensors(node) if self.carries(arg)]
+        carried = [arg for arg in node.all_input_nodes if self.carries(arg)]
         return max((self.latest(arg) for arg in carried), default=0)
 
     def remember(self, node: Node) -> None:

@@ -1,12 +1,13 @@
 """How a model's outputs nest, and the name that each leaf gets from its place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils._pytree import TreeSpec
 
 
 def keys_of(spec: TreeSpec) -> list[str] | None:
-    """Return the keys of a mapping-like node (dict, dataclass, ModelOutput, namedtuple), or None."""
+    """Return the keys of a mapping-like node (dict, dataclass, ModelOutput), or None."""
     context, count = spec.context, spec.num_children
     fields = getattr(context, "_fields", None)
     if fields is not None:
@@ -21,7 +22,7 @@ def keys_of(spec: TreeSpec) -> list[str] | None:
 def leaf_names(spec: TreeSpec) -> list[str]:
     """Name every leaf by its path: `logits`, `hidden_states.0`; a bare leaf is `output`."""
     names = [".".join(path) for path in _paths(spec)]
-    bare = ["output" if not name else name for name in names]
+    bare = [name or "output" for name in names]
     return [f"output.{name}" if name[0].isdigit() else name for name in bare]
 
 
@@ -33,7 +34,7 @@ def _paths(spec: TreeSpec) -> list[tuple[str, ...]]:
     return [(key, *path) for key, child in pairs for path in _paths(child)]
 
 
-def to_structure(spec: TreeSpec, slots: list[int | None]) -> Any:
+def to_structure(spec: TreeSpec, slots: Sequence[int | None]) -> Any:
     """Write the nesting for `Signature.structure`; `slots` says which output each leaf is."""
     return _structure(spec, iter(slots))
 

@@ -6,6 +6,7 @@ Bolya et al., "Token Merging: Your ViT But Faster", 2022 (arXiv 2210.09461).
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import floor
 from typing import ClassVar
 
 import torch
@@ -26,8 +27,9 @@ from effopt.passes.schedule import (
     removable,
 )
 from effopt.pipeline import Outcome
-from effopt.program import Program
+from effopt.program import Program, where
 from effopt.sites import Site, TokenAxis
+from effopt.spec import show
 from effopt.state import Point, Reducer, Reduction
 
 aten = torch.ops.aten
@@ -44,11 +46,11 @@ class MergeTokens:
     name: ClassVar[str] = "merge-tokens"
     exact: ClassVar[bool] = False
 
-    r: int | tuple[int, ...] = field(
-        metadata={"help": "tokens that leave at each site: one number, or a list, one a site"}
+    r: int | float | tuple[int | float, ...] = field(
+        metadata={"help": "tokens that leave at each site, or (below 1) their share; or a list"}
     )
-    sites: tuple[int, ...] = field(
-        default=(), metadata={"help": "blocks, from 0; empty: all from first to last"}
+    sites: tuple[int | float, ...] = field(
+        default=(), metadata={"help": "blocks from 0, or (below 1) depths; empty: first to last"}
     )
     first: int = field(default=0, metadata={"help": "first block"})
     last: int = field(default=-1, metadata={"help": "last block, negative from the end"})
@@ -63,20 +65,23 @@ class MergeTokens:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
-        counts = self.r if isinstance(self.r, tuple) else (self.r,)
-        if any(isinstance(r, bool) or not isinstance(r, int) or r < 0 for r in counts):
-            raise UsageError(f"r of merge-tokens is {self.r}", "give whole numbers from 0 on")
+        wrong = [r for r in self._listed() if r < 0 or (isinstance(r, float) and r >= 1)]
+        if wrong:
+            reason = f"r of merge-tokens is {show(wrong[0])}"
+            raise UsageError(
+                reason, "give a whole number from 0 on, or a share below 1 such as 0.3"
+            )
 
     def check(self, program: Program) -> list[PreconditionError]:
         """Refuse where no token axis, no site or no padding mask that sizes can stand for."""
-        if not self._wanted(1):
+        if not any(self._listed()):
             return []
         plan = self._plan(program)
         return [plan] if isinstance(plan, PreconditionError) else []
 
     def run(self, program: Program) -> Outcome:
         """Rewrite the graph; the notes give the effective counts."""
-        if not self._wanted(1):
+        if not any(self._listed()):
             return Outcome(False, ("r = 0: nothing to merge",))
         plan = self._plan(program)
         if isinstance(plan, PreconditionError):
@@ -89,8 +94,8 @@ class MergeTokens:
         reduce_tokens(edit, axis, reducers)
         return _outcome(edit.close(), axis, counts)
 
-    def _wanted(self, sites: int) -> bool:
-        return any(self.r) if isinstance(self.r, tuple) else self.r > 0
+    def _listed(self) -> tuple[int | float, ...]:
+        return self.r if isinstance(self.r, tuple) else (self.r,)
 
     def _plan(self, program: Program) -> "tuple[TokenAxis, dict[Site, int]] | PreconditionError":
         axis = main_axis(program)
@@ -101,31 +106,48 @@ class MergeTokens:
         sites = choose_sites(axis, self.sites, self.first, self.last)
         if isinstance(sites, PreconditionError):
             return sites
-        counts = self._counts(len(sites))
+        wanted = self._wanted(len(sites))
         tokens = fixed(axis.size)
-        if tokens is not None and counts and 2 * counts[0] > tokens:
+        if tokens is None:
+            return _free_length(axis, sites, wanted)
+        if sites and 2 * _count(wanted[0], tokens) > tokens:
             raise UsageError(
-                f"r = {counts[0]} is more than half of the {tokens} tokens at the first site",
+                f"r = {show(wanted[0])} is more than half of the {tokens} tokens at the first site",
                 f"at most {removable(tokens, axis.prefix, axis.suffix)} can merge there",
             )
-        return axis, _effective(axis, dict(zip(sites, counts, strict=True)))
+        return axis, _effective(axis, dict(zip(sites, wanted, strict=True)), tokens)
 
-    def _counts(self, sites: int) -> list[int]:
+    def _wanted(self, sites: int) -> list[int | float]:
         if self.schedule == "linear" and isinstance(self.r, int):
-            return linear(self.r, self.inflect, sites)
-        return [int(r) for r in expand_values(self.r, sites, "r")]
+            return [*linear(self.r, self.inflect, sites)]
+        return expand_values(self.r, sites, "r")
 
 
-def _effective(axis: TokenAxis, wanted: dict[Site, int]) -> dict[Site, int]:
-    """Clamp each count to half of what may leave there; a free length is clamped when it runs."""
-    tokens = fixed(axis.size)
-    if tokens is None:
-        return wanted
+def _count(r: int | float, tokens: int) -> int:
+    """Resolve a share of the tokens to a number."""
+    return floor(r * tokens) if isinstance(r, float) else r
+
+
+def _effective(axis: TokenAxis, wanted: dict[Site, int | float], tokens: int) -> dict[Site, int]:
+    """Clamp each count to half of what may leave there."""
     effective = {}
     for site, r in wanted.items():
-        effective[site] = min(r, removable(tokens, axis.prefix, axis.suffix))
+        most = removable(tokens, axis.prefix, axis.suffix)
+        effective[site] = min(_count(r, tokens), most)
         tokens -= effective[site]
     return effective
+
+
+def _free_length(
+    axis: TokenAxis, sites: list[Site], wanted: list[int | float]
+) -> tuple[TokenAxis, dict[Site, int]] | PreconditionError:
+    """Take whole numbers as they are: they are clamped when the engine runs."""
+    shares = [r for r in wanted if isinstance(r, float)]
+    if shares:
+        reason = f"the number of {axis.name} is dynamic, and a share of it would count padding"
+        remedy = "give r as a whole number, or leave 'length' out of dynamic"
+        return PreconditionError(where(sites[0].attention), reason, remedy)
+    return axis, {site: int(r) for site, r in zip(sites, wanted, strict=True)}
 
 
 def _reducer(options: MergeTokens, r: int) -> Reducer:
@@ -160,8 +182,8 @@ def _reducer(options: MergeTokens, r: int) -> Reducer:
 def _counts(point: Point, r: int) -> tuple[int | Node, int | Node]:
     """Return how many tokens leave and stay; a free length is clamped when the engine runs.
 
-    Of N tokens, p protected, min(r, (N-p)//2) leave and max(N-r, (N+p+1)//2) stay: so written,
-    both are known to be positive.
+    Of N tokens, p protected, min(r, (N-p)//2, N-2) leave and max(N-r, (N+p+1)//2, 2) stay: so
+    written, both are known not to be negative. (Of less than two, nothing could be chosen.)
     """
     if isinstance(point.length, int):
         return r, point.length - r
@@ -172,6 +194,8 @@ def _counts(point: Point, r: int) -> tuple[int | Node, int | Node]:
     least = edit.call(operator.add, length, protected + 1)
     least = edit.call(operator.floordiv, least, 2)
     rest = edit.call(operator.sub, length, r)
+    most = edit.call(torch.sym_min, most, edit.call(operator.sub, length, 2))
+    least = edit.call(torch.sym_max, least, 2)
     return edit.call(torch.sym_min, r, most), edit.call(torch.sym_max, rest, least)
 
 

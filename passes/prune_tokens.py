@@ -41,8 +41,8 @@ class PruneTokens:
     keep: float | tuple[float, ...] = field(
         metadata={"help": "share of the candidates kept at each site: one number, or one a site"}
     )
-    sites: tuple[int, ...] = field(
-        default=(), metadata={"help": "blocks, from 0; empty: at 1/4, 1/2 and 3/4 of the depth"}
+    sites: tuple[int | float, ...] = field(
+        default=(0.25, 0.5, 0.75), metadata={"help": "blocks from 0, or (below 1) depths"}
     )
     schedule: str = field(
         default="constant", metadata={"help": "constant, or linear: from 1 down to keep"}
@@ -100,7 +100,7 @@ class PruneTokens:
         if refusal := _refusal(self, axis, tokens):
             return refusal
         assert tokens is not None
-        sites = choose_sites(axis, self.sites or _quarters(axis), 0, -1)
+        sites = choose_sites(axis, self.sites, 0, -1)
         if isinstance(sites, PreconditionError):
             return sites
         return axis, self._counts(sites, tokens, axis.prefix + axis.suffix)
@@ -134,12 +134,6 @@ def _refusal(options: PruneTokens, axis: TokenAxis, tokens: int | None) -> Preco
         reason = "a fused token goes last, where protected tokens stand"
         return PreconditionError(place, reason, "use fuse=false")
     return None
-
-
-def _quarters(axis: TokenAxis) -> tuple[int, ...]:
-    """Return the blocks at 1/4, 1/2 and 3/4 of the depth (3, 6 and 9 of 12)."""
-    blocks = [site.block for site in axis.usable()]
-    return tuple(sorted({blocks[len(blocks) * part // 4] for part in (1, 2, 3)}))
 
 
 def _reducer(options: PruneTokens, keep: int) -> Reducer:

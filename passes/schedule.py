@@ -26,13 +26,15 @@ def main_axis(program: Program) -> TokenAxis | PreconditionError:
 
 
 def choose_sites(
-    axis: TokenAxis, blocks: Sequence[int], first: int, last: int
+    axis: TokenAxis, named: Sequence[int | float], first: int, last: int
 ) -> list[Site] | PreconditionError:
     """Return the sites of the named blocks, or of all usable blocks from first to last.
 
-    A block named by number must be usable: its refusal is returned otherwise.
+    A float below 1 names the usable block at that share of the depth. A block named by number
+    must be usable: its refusal is returned otherwise.
     """
     by_block = {site.block: site for site in axis.sites}
+    blocks = [_at_depth(axis, name) if isinstance(name, float) else name for name in named]
     if not blocks:
         end = last if last >= 0 else max(by_block) + 1 + last
         return [site for site in axis.usable() if first <= site.block <= end]
@@ -42,7 +44,14 @@ def choose_sites(
             reason = f"there is no block {block} with self-attention over {axis.name}"
             return PreconditionError("model", reason, f"name blocks among {known}")
     refused = (by_block[block].refusal for block in blocks)
-    return next((r for r in refused if r), None) or [by_block[block] for block in sorted(blocks)]
+    return next((r for r in refused if r), None) or [by_block[block] for block in sorted({*blocks})]
+
+
+def _at_depth(axis: TokenAxis, share: float) -> int:
+    if not 0 <= share < 1:
+        raise UsageError(f"sites names the depth {share}", "give a block, or a share from 0 to 1")
+    usable = axis.usable()
+    return usable[floor(share * len(usable))].block
 
 
 def linear(r: int, inflect: float, sites: int) -> list[int]:
@@ -59,10 +68,11 @@ def removable(n: int, prefix: int, suffix: int) -> int:
     return max(0, min((n - prefix - suffix) // 2, even)) if odd > 0 else 0
 
 
-def expand_values(value: object, sites: int, option: str) -> list[float]:
+def expand_values(
+    value: int | float | tuple[int | float, ...], sites: int, option: str
+) -> list[int | float]:
     """Give every site its value: one for all, or a list with one each."""
     if not isinstance(value, tuple):
-        assert isinstance(value, (int, float))
         return [value] * sites
     if len(value) != sites:
         raise UsageError(

@@ -121,8 +121,9 @@ def _compared(least: Callable[[Fact, float], bool], never: Callable[[Fact, float
 def _simplify(edit: Edit, node: Node, known: dict[Node, Fact]) -> None:
     """Apply the rules of boolean algebra, and read an index by all places as the identity."""
     if node.target in (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
-        for one, other in (node.args[:2], node.args[1::-1]):
-            if one in known and known[one].always(1) and isinstance(other, Node):  # type: ignore[index]
+        pair = [arg for arg in node.args[:2] if isinstance(arg, Node)]
+        for one, other in (pair, pair[::-1]) if len(pair) == 2 else ():
+            if one in known and known[one].always(1):
                 edit.replace(node, _spread(edit, other, one, node))
                 return
     if node.target is aten.index.Tensor:
@@ -197,7 +198,7 @@ def _drop_true(edit: Edit, attention: Node, known: dict[Node, Fact]) -> bool:
     """Drop a mask all of whose elements are true, or add nothing."""
     mask = mask_of(attention)
     neutral = 1 if mask is not None and value(mask).dtype == torch.bool else 0
-    if mask not in known or not known[mask].always(neutral):  # type: ignore[index]
+    if mask not in known or not known[mask].always(neutral):
         return False
     _set_mask(edit, attention, None)
     return True

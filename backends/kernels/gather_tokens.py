@@ -16,11 +16,7 @@ def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
     x has the batch first (or 1, for a value that all samples share) and N places along `dim` >= 1;
     the result has B first and K places there.
     """
-    b, k = index.shape
-    sizes = (b, *x.shape[1:])
-    spread = index.reshape(b, *(k if d == dim else 1 for d in range(1, x.ndim)))
-    wanted = (b, *(k if d == dim else x.shape[d] for d in range(1, x.ndim)))
-    return x.expand(sizes).gather(dim, spread.expand(wanted))
+    return _gather_tokens(x, index, dim)
 
 
 @gather_tokens.register_fake
@@ -33,11 +29,19 @@ def lowering(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """One flat Gather of rows; values without channels and shared ones by GatherElements."""
     if x.ndim == 3 and dim == 1 and not _is_one(x.shape[0]):
         return rows(x, index)
-    return gather_tokens._init_fn(x, index, dim)
+    return _gather_tokens(x, index, dim)
 
 
 def _is_one(size: int) -> bool:
     return isinstance(size, int) and size == 1
+
+
+def _gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    b, k = index.shape
+    sizes = (b, *x.shape[1:])
+    spread = index.reshape(b, *(k if d == dim else 1 for d in range(1, x.ndim)))
+    wanted = (b, *(k if d == dim else x.shape[d] for d in range(1, x.ndim)))
+    return x.expand(sizes).gather(dim, spread.expand(wanted))
 
 
 def axes(found: AxisMap, node: Node) -> Dims:

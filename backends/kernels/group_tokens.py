@@ -15,11 +15,7 @@ def group_tokens(x: Tensor, kept: Tensor, source: Tensor, target: Tensor) -> Ten
 
     kept [B, K], source [B, r], target [B, r] count in 0..N-1; a source has its target's place.
     """
-    b, n = x.shape[:2]
-    place = torch.arange(n, device=x.device).repeat(b, 1)
-    spots = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
-    spot = torch.zeros_like(place).scatter(1, kept, spots)
-    return spot.gather(1, place.scatter(1, source, target))
+    return _group_tokens(x, kept, source, target)
 
 
 @group_tokens.register_fake
@@ -29,7 +25,15 @@ def _(x: Tensor, kept: Tensor, source: Tensor, target: Tensor) -> Tensor:
 
 def lowering(x: Tensor, kept: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Same: both scatters write each place once, so no order or addition is needed."""
-    return group_tokens._init_fn(x, kept, source, target)
+    return _group_tokens(x, kept, source, target)
+
+
+def _group_tokens(x: Tensor, kept: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    b, n = x.shape[:2]
+    place = torch.arange(n, device=x.device).repeat(b, 1)
+    spots = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
+    spot = torch.zeros_like(place).scatter(1, kept, spots)
+    return spot.gather(1, place.scatter(1, source, target))
 
 
 def axes(found: AxisMap, node: Node) -> Dims:

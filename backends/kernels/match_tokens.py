@@ -3,6 +3,8 @@
 Bolya et al., "Token Merging: Your ViT But Faster", 2022 (arXiv 2210.09461), section 3.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -23,8 +25,9 @@ def match_tokens(
     """Choose r tokens at even places to merge, each into its most similar token at an odd place.
 
     metric [B, N, D] is compared by cosine, in float32. size [B, N] is 0 for padding, whose pairs
-    go last. `keep` is N - r, given apart so that a free length shows that it is not negative. The first `prefix` and the last `suffix` tokens take no part. Ties go to the lower
-    place. Returns, all int64 and counted in 0..N-1: kept [B, N-r], source [B, r], target [B, r].
+    go last. `keep` is N - r, given apart so that a free length is seen not to be negative. The
+    first `prefix` and the last `suffix` tokens take no part. Ties go to the lower place. Returns,
+    all int64 and counted in 0..N-1: kept [B, keep], source [B, r], target [B, r].
 
     kept is ascending if `ordered`; otherwise it is prefix, even places, odd places, suffix, each
     ascending: the published order, which the even/odd split of a next site depends on.
@@ -38,7 +41,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     b = metric.shape[0]
     kept = size.new_empty((b, keep), dtype=torch.int64)
-    return kept, *(size.new_empty((b, r), dtype=torch.int64) for _ in range(2))
+    source, target = (size.new_empty((b, r), dtype=torch.int64) for _ in range(2))
+    return kept, source, target
 
 
 def lowering(
@@ -49,7 +53,14 @@ def lowering(
 
 
 def _match(
-    metric: Tensor, size: Tensor, r: int, keep: int, prefix: int, suffix: int, ordered: bool, top: "Top"
+    metric: Tensor,
+    size: Tensor,
+    r: int,
+    keep: int,
+    prefix: int,
+    suffix: int,
+    ordered: bool,
+    top: Callable[[Tensor, int], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = metric.shape[1]
     place = torch.arange(n, device=metric.device)
@@ -88,9 +99,6 @@ def _stable_top(best: Tensor, r: int) -> Tensor:
 
 def _top(best: Tensor, r: int) -> Tensor:
     return best.topk(r, dim=1).indices
-
-
-Top = type(_top)
 
 
 def axes(found: AxisMap, node: Node) -> tuple[Dims, ...]:

@@ -66,7 +66,7 @@ def samples() -> list[tuple[object, ...]]:
     for b, n, c in ((1, 6, 4), (3, 9, 5)):
         size = torch.rand(b, n, generator=draw) + 0.5
         size[0, 4] = 0.0
-        kept = torch.tensor([[1, 3] + list(range(5, n))]).repeat(b, 1)
+        kept = torch.tensor([[1, 3, *range(5, n)]]).repeat(b, 1)
         source, target = torch.tensor([[0, 2, 4]]), torch.tensor([[1, 1, 3]])
         pairs = (source.repeat(b, 1), target.repeat(b, 1))
         made.append((torch.randn(b, n, c, generator=draw), size, kept, *pairs))

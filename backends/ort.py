@@ -1,0 +1,57 @@
+"""onnxruntime on the CPU: the portable file, loaded once to see that it runs."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effopt.backend import YES, Artifact, Runner, Support
+from effopt.backends.onnx import MODEL, Onnx
+from effopt.backends.session import Session, runtime
+from effopt.errors import MissingError
+from effopt.signature import Signature
+from effopt.target import Target
+
+if TYPE_CHECKING:
+    from effopt.program import Program
+
+
+class Ort:
+    """Builds the portable file and runs it in onnxruntime."""
+
+    name = "ort"
+
+    def available(self) -> Support:
+        """Tell whether onnxruntime is installed."""
+        return runtime()
+
+    def supports(self, program: "Program", target: Target) -> Support:
+        """Refuse bfloat16, which onnxruntime has no CPU operators for."""
+        import torch
+
+        for node in program.nodes():
+            if getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16:
+                reason = f"{node.name} is bfloat16, which onnxruntime cannot run on a CPU"
+                return Support(False, f"{reason}: convert the model with .float()")
+        return YES
+
+    def build(self, program: "Program", target: Target, folder: Path) -> Artifact:
+        """Write the file and load it once; MissingError where onnxruntime is not installed."""
+        here = runtime()
+        if not here.ok:
+            raise MissingError(*here.reason.split(": ", 1))
+        made = Onnx().build(program, target, folder)
+        Session(folder / MODEL, _with_ports(program.signature, made.ports), check_only=True)
+        version = importlib.metadata.version("onnxruntime")
+        tools = {**made.facts["tools"], "onnxruntime": version}
+        return replace(made, facts={**made.facts, "tools": tools})
+
+    def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:
+        """Open the file; UnsafeFileError where it is no plain model."""
+        return Session(folder / MODEL, signature)
+
+
+def _with_ports(signature: Signature, ports: Mapping[str, str]) -> Signature:
+    outputs = tuple(replace(s, port=ports.get(s.name, s.port)) for s in signature.outputs)
+    return replace(signature, outputs=outputs)

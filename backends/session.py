@@ -1,0 +1,82 @@
+"""Running an ONNX file in onnxruntime; free of torch."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from effopt.backend import YES, Array, Support
+from effopt.backends.onnx_check import check_file
+from effopt.errors import MissingError, UsageError, VerificationError
+from effopt.signature import Signature
+
+_REMEDY = "pip install 'effopt[ort]'"
+
+
+def runtime() -> Support:
+    """Tell whether onnxruntime is installed."""
+    if importlib.util.find_spec("onnxruntime") is not None:
+        return YES
+    return Support(False, f"onnxruntime is not installed: {_REMEDY}")
+
+
+class Session:
+    """A model file in onnxruntime on the CPU: flat arrays in and out, in the signature's order."""
+
+    def __init__(self, path: Path, signature: Signature, *, check_only: bool = False) -> None:
+        """Check the file, then open it; `check_only` skips what makes it fast and takes memory.
+
+        Raises UnsafeFileError for a file that is no plain model, MissingError where onnxruntime
+        is not installed, VerificationError where it cannot load the file.
+        """
+        check_file(path)
+        self._session = _open(path, check_only)
+        self._inputs = [spec.port for spec in signature.inputs]
+        self._outputs = [spec.port for spec in signature.outputs]
+        found = [port.name for port in self._session.get_inputs()]
+        if found != self._inputs:
+            reason = f"{path.name} takes {found}, its signature says {self._inputs}"
+            raise VerificationError(reason, "build the engine again")
+
+    def run(self, inputs: list[Array]) -> list[Array]:
+        """Run once; UsageError for inputs that the model cannot take, such as an unknown token."""
+        feeds = dict(zip(self._inputs, inputs, strict=True))
+        try:
+            outputs: list[Array] = self._session.run(self._outputs, feeds)
+        except _refusals() as error:
+            first = str(error).strip().splitlines()[0]
+            remedy = "check that the values and sizes are some that the model takes"
+            raise UsageError(f"onnxruntime cannot run on these inputs: {first}", remedy) from error
+        return outputs
+
+
+def _open(path: Path, check_only: bool) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingError("onnxruntime is not installed", _REMEDY) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: its warnings are about its own choices
+    if check_only:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _refusals() as error:
+        reason = f"onnxruntime cannot load {path.name}: {str(error).strip().splitlines()[0]}"
+        raise VerificationError(reason, "report this model: the export is at fault") from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return onnxruntime's own exceptions: they have no base class but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    names = (
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
+    return tuple(getattr(states, name) for name in names)

@@ -1,0 +1,174 @@
+"""optimize: capture, rewrite, measure; and what comes out of it."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from effopt.bench import agreement_of, threads
+from effopt.capture import capture
+from effopt.cost import macs
+from effopt.measure import peak_rss_mb
+from effopt.pipeline import Pass, Pipeline, spec_of
+from effopt.program import Program
+from effopt.recipe import steps_of
+from effopt.report import Report, Stage
+from effopt.target import Target
+from effopt.target import target as find_target
+
+Progress = Callable[[str], None]
+EXAMPLES = "the example inputs"
+
+
+class Clock:
+    """Collects the seconds of each stage and tells a listener when one begins."""
+
+    def __init__(self, listen: Progress | None) -> None:
+        self.listen = listen
+        self.stages: list[Stage] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        if self.listen:
+            self.listen(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages.append(Stage(name, time.perf_counter() - start))
+
+
+class Optimized:
+    """An optimised model: its program, its report, and `save` for the deployable engine.
+
+    Calling it runs the rewritten graph in eager torch, on the model's own arguments; the speed
+    is in the engine that `save` writes and `effopt.load` runs.
+    """
+
+    def __init__(
+        self,
+        original: Program,
+        program: Program,
+        target: Target,
+        report: Report,
+        source: Path | None,
+        clock: Clock,
+    ) -> None:
+        self.original = original
+        self.program = program
+        self.target = target
+        self.report = report
+        self.source = source
+        self.clock = clock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the rewritten graph in eager torch; the result nests as the model's own."""
+        return self.program(*args, **kwargs)
+
+    def save(self, path: str | os.PathLike[str], *, measure: bool = True) -> Path:
+        """Write the engine folder: build, check against eager, measure, report.
+
+        `measure=False` leaves the timing out. Raises UsageError for a folder that is taken,
+        PreconditionError where the target cannot take the graph, MissingError where the engine's
+        package is not installed, VerificationError where the engine's numbers are wrong.
+        """
+        from effopt.save import save
+
+        folder, self.report = save(self, Path(path), measure)
+        return folder
+
+
+def optimize(
+    model: nn.Module | ExportedProgram,
+    example_inputs: object = None,
+    *,
+    target: str = "cpu",
+    recipe: str | Sequence[Pass] = "balanced",
+    dynamic: Sequence[str] = ("batch",),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Optimized:
+    """Optimise a model for a target.
+
+    `model` is a torch module (in evaluation or training mode, it is left as it is), an exported
+    program or a Hugging Face model; `example_inputs` a tensor, a tuple of positional or a dict of
+    keyword arguments, or (args, kwargs); a Hugging Face model may leave them out. `recipe` is a
+    recipe's name, a spec string or a list of passes. `dynamic` names the sizes that stay free.
+    `progress` is called with each stage's name as it begins.
+
+    Raises UsageError, CaptureError, or PreconditionError where a pass that was asked for by name
+    must refuse.
+
+    >>> optimized = effopt.optimize(model, target="cpu", recipe="merge-tokens{r=8}")
+    """
+    wanted, steps, clock = find_target(target), steps_of(recipe), Clock(progress)
+    with clock.stage("capture"):
+        original = capture(model, example_inputs, dynamic=dynamic, seed=seed)
+    program, records = Pipeline(steps).run(original, progress)
+    clock.stages += [Stage(record.spec, record.seconds) for record in records]
+    with clock.stage("quality"):
+        before = named(original, original.run(original.samples))
+        after = named(original, program.run(original.samples))
+    lossy = any(r.changed and not s.run.exact for r, s in zip(records, steps, strict=True))
+    report = Report(
+        model=type(model).__name__,
+        target=wanted.name,
+        recipe=",".join(spec_of(step.run) for step in steps),
+        version=importlib.metadata.version("effopt"),
+        environment=_environment(),
+        stages=tuple(clock.stages),
+        steps=records,
+        macs_before=macs(original),
+        macs_after=macs(program),
+        weight_bytes=program.weight_bytes(),
+        peak_rss_mb=peak_rss_mb(),
+        quality=tuple(agreement_of(before, after, EXAMPLES)),
+        notes=_notes(lossy, records),
+    )
+    return Optimized(original, program, wanted, report, _folder_of(model), clock)
+
+
+def named(program: Program, outputs: Sequence[Tensor]) -> dict[str, Any]:
+    """Return outputs as numpy arrays by name."""
+    specs = program.signature.outputs
+    return {spec.name: out.numpy() for spec, out in zip(specs, outputs, strict=True)}
+
+
+def _notes(lossy: bool, records: Sequence[Any]) -> tuple[str, ...]:
+    notes = [f"left out: {record.spec}: {record.skipped}" for record in records if record.skipped]
+    if lossy:
+        notes.append(
+            "quality was measured on the example inputs alone: measure it on your own data "
+            "before you deploy"
+        )
+    return tuple(notes)
+
+
+def _environment() -> dict[str, str | int]:
+    tools = {name: importlib.metadata.version(name) for name in ("torch", "onnx")}
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "threads": threads(),
+        **tools,
+    }
+
+
+def _folder_of(model: object) -> Path | None:
+    """Return the folder that a Hugging Face model was loaded from."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+
+
+def refresh(report: Report, clock: Clock, **changes: Any) -> Report:
+    """Return a report with what is known since."""
+    return replace(report, stages=tuple(clock.stages), peak_rss_mb=peak_rss_mb(), **changes)

@@ -1,0 +1,152 @@
+"""save: the engine folder of an optimised model, checked and measured before it is in place."""
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effopt import folder as folders
+from effopt.backend import Artifact, Backend, as_array, backend
+from effopt.bench import time_folders
+from effopt.engine import Engine, check
+from effopt.errors import VerificationError
+from effopt.optimizer import Optimized, named, refresh
+from effopt.program import Program
+from effopt.reference import write_reference
+from effopt.report import Latency, Report
+from effopt.signature import Signature
+from effopt.target import Target
+
+if TYPE_CHECKING:
+    from effopt.optimizer import Clock
+
+BASELINE = "plain export"
+OURS = "effopt"
+BUDGET = 4.0
+"""Seconds of timing for each batch size."""
+
+_COPIED = re.compile(
+    r"(config|generation_config|preprocessor_config|processor_config|special_tokens_map|"
+    r"tokenizer|tokenizer_config|vocab|added_tokens)\.json|(vocab|merges)\.txt|"
+    r"(spiece|tokenizer|sentencepiece\.bpe)\.model"
+)
+"""Files of a Hugging Face folder that a user of the engine needs; none of them is code."""
+
+
+def save(optimized: Optimized, path: Path, measure: bool) -> tuple[Path, Report]:
+    """Write the folder of an optimised model; see `Optimized.save`."""
+    result = optimized.report
+
+    def fill(fresh: Path) -> folders.Manifest:
+        nonlocal result
+        manifest, result = _fill(optimized, fresh, measure)
+        return manifest
+
+    written = folders.write(path, fill)
+    return written, result
+
+
+def _fill(optimized: Optimized, fresh: Path, measure: bool) -> tuple[folders.Manifest, Report]:
+    clock, target = optimized.clock, optimized.target
+    vendor = backend(target.backend)
+    with clock.stage("build"):
+        artifact = _build(vendor, optimized.program, optimized.original, target, fresh)
+    _copy_config(optimized.source, fresh)
+    manifest = _manifest(optimized.program, target, artifact, optimized.report)
+    folders.seal(fresh, manifest)
+    notes, latency = list(optimized.report.notes), tuple[Latency, ...]()
+    if vendor.available().ok:
+        with clock.stage("check"):
+            _check(vendor, fresh, manifest)
+        if measure and not target.gpu:
+            latency = _measure(optimized, vendor, fresh, clock)
+    else:
+        notes.append(f"not run here: {vendor.available().reason}")
+    report = refresh(
+        optimized.report, clock, latency=latency, pending=artifact.pending, notes=tuple(notes)
+    )
+    sizes = {item.name: item.stat().st_size for item in sorted(fresh.iterdir())}
+    report = replace(report, files={n: s for n, s in sizes.items() if n != folders.MANIFEST})
+    (fresh / "report.json").write_text(json.dumps(report.to_json(), indent=1))
+    (fresh / "report.html").write_text(report.html(), encoding="utf-8")
+    return _manifest(optimized.program, target, artifact, report), report
+
+
+def _build(
+    vendor: Backend, program: Program, original: Program, target: Target, folder: Path
+) -> Artifact:
+    """Write the model and the inputs and outputs to check it by."""
+    artifact = vendor.build(program, target, folder)
+    specs = program.signature.inputs
+    inputs = {s.name: as_array(t) for s, t in zip(specs, original.samples, strict=True)}
+    outputs = (named(p, p.run(original.samples)) for p in (original, program))
+    write_reference(folder, inputs, *outputs)
+    return artifact
+
+
+def _manifest(
+    program: Program, target: Target, artifact: Artifact, report: Report
+) -> folders.Manifest:
+    record = report.to_json()
+    return folders.Manifest(
+        effopt=report.version,
+        target=target.name,
+        backend=target.backend,
+        signature=_with_ports(program.signature, artifact),
+        recipe=report.recipe,
+        steps=record["steps"],
+        quality={"figures": record["quality"]},
+        measured={key: record[key] for key in ("latency", "macs_before", "macs_after", "stages")},
+        facts={key: fact for key, fact in artifact.facts.items() if key != "tools"},
+        tools=dict(artifact.facts.get("tools", {})),
+        pending=artifact.pending,
+    )
+
+
+def _with_ports(signature: Signature, artifact: Artifact) -> Signature:
+    def ported(specs: Any) -> Any:
+        return tuple(replace(spec, port=artifact.ports.get(spec.name, spec.name)) for spec in specs)
+
+    return replace(signature, outputs=ported(signature.outputs))
+
+
+def _check(vendor: Backend, folder: Path, manifest: folders.Manifest) -> None:
+    """Run the engine on the stored inputs and hold it to the eager result."""
+    runner = vendor.load(folder, manifest.signature, manifest.facts)
+    for figure in check(Engine(folder, manifest, runner)):
+        if not figure.ok:
+            raise VerificationError(
+                f"output {figure.output!r} of the engine differs from eager torch by "
+                f"{figure.difference:.2e} of its largest value, more than {figure.tolerance:.0e}",
+                "this is a defect of the lowering: please report the model",
+            )
+
+
+def _measure(
+    optimized: Optimized, vendor: Backend, fresh: Path, clock: "Clock"
+) -> tuple[Latency, ...]:
+    """Time the engine against the exact export of the same model, interleaved."""
+    from effopt.pipeline import Pipeline
+    from effopt.recipe import steps_of
+
+    with tempfile.TemporaryDirectory(prefix="effopt-") as scratch:
+        rows = {OURS: fresh}
+        if any(record.changed for record in optimized.report.steps[len(steps_of("exact")) :]):
+            plain, _ = Pipeline(steps_of("exact")).run(optimized.original)
+            base = Path(scratch)
+            with clock.stage("build the baseline"):
+                artifact = _build(vendor, plain, optimized.original, optimized.target, base)
+            folders.seal(base, _manifest(plain, optimized.target, artifact, optimized.report))
+            rows = {BASELINE: base, OURS: fresh}
+        with clock.stage("measure"):
+            return time_folders(rows, BUDGET)
+
+
+def _copy_config(source: Path | None, fresh: Path) -> None:
+    """Copy a Hugging Face folder's config and tokenizer files as they are."""
+    for item in sorted(source.iterdir()) if source else ():
+        if _COPIED.fullmatch(item.name) and item.is_file() and not item.is_symlink():
+            shutil.copyfile(item, fresh / item.name)

@@ -1,0 +1,1 @@
+"""Example models that effopt is demonstrated, measured and tested on."""

@@ -1,0 +1,1 @@
+"""A small vision transformer that finds and reads one handwritten digit on a cluttered canvas."""

@@ -1,0 +1,57 @@
+"""Recipes: named specs, as data. A published system is one row."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A spec with a name. `$option` in the spec is filled from `options`, or as the user says.
+
+    The steps of an `optional` recipe are left out, with the reason in the report, where a model
+    does not take them; the others were asked for by name and refuse.
+    """
+
+    name: str
+    spec: str
+    summary: str
+    source: str
+    optional: bool = False
+    options: dict[str, str] = field(default_factory=dict)
+
+
+NORMAL_FORM = "canonicalize,fold-constants,simplify-masks,canonicalize,fold-constants"
+"""Exact passes that every pipeline begins with; the lossy ones read their form."""
+
+ROWS = (
+    Recipe("exact", "", "the normal form alone: outputs stay the same", "effopt"),
+    Recipe(
+        "balanced",
+        "merge-tokens{r=0.33,sites=[0.15,0.4]}",
+        "two merge sites; less than 1 point lost on the digits example",
+        "effopt, measured on examples/digits",
+        optional=True,
+    ),
+    Recipe(
+        "fast",
+        "merge-tokens{r=0.45,sites=[0.0,0.3]}",
+        "two early merge sites at nearly the largest rate; measure what it costs",
+        "effopt, measured on examples/digits",
+        optional=True,
+    ),
+    Recipe(
+        "tome",
+        "merge-tokens{r=$r}",
+        "token merging in every block",
+        "Bolya et al. 2022, arXiv 2210.09461",
+        options={"r": "8"},
+    ),
+    Recipe(
+        "evit",
+        "prune-tokens{keep=$keep,fuse=$fuse}",
+        "tokens that the class token ignores leave at 1/4, 1/2 and 3/4 of the depth",
+        "Liang et al. 2022, arXiv 2202.07800",
+        options={"keep": "0.7", "fuse": "true"},
+    ),
+)
+
+RECIPES = {row.name: row for row in ROWS}
