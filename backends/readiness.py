@@ -2,6 +2,9 @@
 
 The rules are what its parser and builder refused when asked (TensorRT-RTX 1.7, the same parser
 code base), one row each. A finding is a fact about the file, not about a build on the device.
+Files without a finding that were tried there (ViT-S, four layers of BERT, a small ViT and BERT
+with tokens merged) built for sm_80 and sm_89. For sm_75 that builder took no float32 product at
+all, the plain export's neither; that is held to be a limit of it and is no rule here.
 """
 
 from collections.abc import Callable, Iterator

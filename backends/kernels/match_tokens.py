@@ -14,8 +14,8 @@ from effopt.backends.kernels.common import arg_dims, reduced
 from effopt.kernel import Kernel
 from effopt.program import value
 
-PAD, PROTECTED = -2.0, -4.0
-"""Scores below every cosine: pairs with a padding token go last, protected ones never go."""
+PAD, PROTECTED, WRONG = -2.0, -4.0, -6.0
+"""Scores below every cosine: pairs with padding go last, protected and wrong ones never go."""
 
 
 @torch.library.custom_op("effopt::match_tokens", mutates_args=())
@@ -67,17 +67,36 @@ def _match(
     guarded = (place < prefix) | (place >= n - suffix)
     unit = metric.float() / metric.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
     floor = torch.where(guarded, PROTECTED, torch.where(size > 0, 1.0, PAD))
-    even, odd = _halves(unit), _halves(floor.unsqueeze(-1))
-    score = torch.minimum(even[0] @ even[1].transpose(1, 2), odd[0])
-    score = torch.minimum(score, odd[1].transpose(1, 2))
-    best, partner = score.max(dim=-1)
+    pairs = _pairs_of_halves if isinstance(n, int) else _pairs_of_all
+    best, source_at, partner = pairs(unit, floor, place)
     chosen = top(best, r)
-    source = chosen * 2
-    target = partner.gather(1, chosen) * 2 + 1
+    source = chosen * source_at
+    target = partner.gather(1, chosen)
     gone = (source.unsqueeze(2) == place).any(dim=1)
     turn = place if ordered else place + n * _group(place, prefix, suffix)
     kept = torch.where(gone, -4.0 * n, -turn.float()).topk(keep, dim=1).indices
     return kept, source, target
+
+
+def _pairs_of_halves(
+    unit: Tensor, floor: Tensor, place: Tensor
+) -> tuple[Tensor, int, Tensor]:
+    """Compare even with odd places: their best scores, places apart, and best partners."""
+    even, odd = _halves(unit)
+    even_floor, odd_floor = _halves(floor.unsqueeze(-1))
+    score = torch.minimum(even @ odd.transpose(1, 2), even_floor)
+    best, partner = torch.minimum(score, odd_floor.transpose(1, 2)).max(dim=-1)
+    return best, 2, partner * 2 + 1
+
+
+def _pairs_of_all(unit: Tensor, floor: Tensor, place: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Compare all places and rule out the wrong parity: a free N has no half of known size."""
+    is_even = place % 2 == 0
+    score = torch.minimum(unit @ unit.transpose(1, 2), floor.unsqueeze(2))
+    score = torch.minimum(score, floor.unsqueeze(1))
+    pair = is_even.unsqueeze(1) & ~is_even.unsqueeze(0)
+    best, partner = torch.where(pair, score, WRONG).max(dim=-1)
+    return best, 1, partner
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
