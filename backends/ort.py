@@ -42,7 +42,7 @@ class Ort:
         if not here.ok:
             raise MissingError(*here.reason.split(": ", 1))
         made = Onnx().build(program, target, folder)
-        Session(folder / MODEL, _with_ports(program.signature, made.ports), check_only=True)
+        Session(folder / MODEL, program.signature.with_ports(made.ports), check_only=True)
         version = importlib.metadata.version("onnxruntime")
         tools = {**made.facts["tools"], "onnxruntime": version}
         return replace(made, facts={**made.facts, "tools": tools})
@@ -50,8 +50,3 @@ class Ort:
     def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:
         """Open the file; UnsafeFileError where it is no plain model."""
         return Session(folder / MODEL, signature)
-
-
-def _with_ports(signature: Signature, ports: Mapping[str, str]) -> Signature:
-    outputs = tuple(replace(s, port=ports.get(s.name, s.port)) for s in signature.outputs)
-    return replace(signature, outputs=outputs)

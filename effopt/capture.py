@@ -1,6 +1,7 @@
 """Capture: a model becomes a Program, by torch.export, with the dimensions asked for dynamic."""
 
 import contextlib
+import inspect
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from effopt.errors import CaptureError, UsageError, unknown
 from effopt.inputs import Inputs, example_inputs_of, read_inputs
 from effopt.program import Program, Slots, is_tensor
 from effopt.signature import Signature, TensorSpec
-from effopt.structure import leaf_names, to_structure
+from effopt.structure import input_names, leaf_names, to_structure
 
 DYNAMIC = ("batch", "length")
 """The dimensions that can be dynamic: rows of all inputs, and the token count of a text."""
@@ -52,7 +53,14 @@ def capture(
     inputs = read_inputs(given)
     if "batch" in dynamic:
         inputs = inputs.at_least_two_rows()
-    return _program(_export(model, inputs, dynamic), inputs)
+    return _program(_export(model, inputs, dynamic), inputs, _parameters(model))
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """Return the names of the positional parameters of `forward`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = inspect.signature(model.forward).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind in kinds]
 
 
 def _export(model: nn.Module, inputs: Inputs, dynamic: Sequence[str]) -> ExportedProgram:
@@ -149,11 +157,14 @@ def _from_exported(exported: ExportedProgram, example_inputs: object) -> Program
     given = example_inputs if example_inputs is not None else exported.example_inputs
     if given is None:
         raise UsageError("the exported program holds no example inputs", "pass example_inputs")
-    return _program(exported, read_inputs(given))
+    return _program(exported, read_inputs(given), None)
 
 
-def _program(exported: ExportedProgram, inputs: Inputs) -> Program:
-    """Flatten the exported module: tensors in, tensors out, no guards, no nesting."""
+def _program(exported: ExportedProgram, inputs: Inputs, parameters: list[str] | None) -> Program:
+    """Flatten the exported module: tensors in, tensors out, no guards, no nesting.
+
+    `parameters` names the positional inputs; None takes the names in the exported program.
+    """
     nested = exported.module(check_guards=False)
     graph = nested.graph
     info: Any = getattr(graph._codegen, "pytree_info")  # noqa: B009 - of export's own code generator
@@ -162,12 +173,18 @@ def _program(exported: ExportedProgram, inputs: Inputs) -> Program:
     for node in constants:
         graph.erase_node(node)
     tensors = [node for node in placeholders if node not in constants]
+    known = [n.name for n in placeholders] if parameters is None else None
+    given = known or input_names(info.in_spec, parameters or [])
+    inputs_named = [name for name, n in zip(given, placeholders, strict=True) if n in tensors]
     graph.set_codegen(torch.fx.graph.CodeGen())
     names, slots = _flat_outputs(graph, info.out_spec)
     dynamic, ranges = _symbols(exported, tensors)
     last = next(reversed(graph.nodes))
     signature = Signature(
-        tuple(_spec(node.name, node.meta["val"], dynamic) for node in tensors),
+        tuple(
+            _spec(name, node.meta["val"], dynamic)
+            for name, node in zip(inputs_named, tensors, strict=True)
+        ),
         tuple(_spec(n, o.meta["val"], dynamic) for n, o in zip(names, last.args[0], strict=True)),
         to_structure(info.out_spec, slots),
     )

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effopt import folder as folders
 from effopt.backend import Artifact, Backend, as_array, backend
@@ -17,7 +17,6 @@ from effopt.optimizer import Optimized, named, refresh
 from effopt.program import Program
 from effopt.reference import write_reference
 from effopt.report import Latency, Report
-from effopt.signature import Signature
 from effopt.target import Target
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _manifest(
         effopt=report.version,
         target=target.name,
         backend=target.backend,
-        signature=_with_ports(program.signature, artifact),
+        signature=program.signature.with_ports(artifact.ports),
         recipe=report.recipe,
         steps=record["steps"],
         quality={"figures": record["quality"]},
@@ -104,13 +103,6 @@ def _manifest(
         tools=dict(artifact.facts.get("tools", {})),
         pending=artifact.pending,
     )
-
-
-def _with_ports(signature: Signature, artifact: Artifact) -> Signature:
-    def ported(specs: Any) -> Any:
-        return tuple(replace(spec, port=artifact.ports.get(spec.name, spec.name)) for spec in specs)
-
-    return replace(signature, outputs=ported(signature.outputs))
 
 
 def _check(vendor: Backend, folder: Path, manifest: folders.Manifest) -> None:

@@ -3,8 +3,8 @@
 Free of torch: the compiler writes a signature into the manifest, a running engine reads it back.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from effopt.errors import UnsafeFileError
@@ -57,6 +57,11 @@ class Signature:
         """Arrange flat outputs as the model does: a dict or a tuple (of one for a bare tensor)."""
         nested = _nest(self.structure, leaves)
         return (nested,) if isinstance(self.structure, int) else nested
+
+    def with_ports(self, ports: Mapping[str, str]) -> "Signature":
+        """Say which outputs have another name in the engine's file."""
+        outputs = (replace(spec, port=ports.get(spec.name, spec.name)) for spec in self.outputs)
+        return replace(self, outputs=tuple(outputs))
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain record that the manifest holds."""

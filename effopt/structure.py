@@ -19,6 +19,16 @@ def keys_of(spec: TreeSpec) -> list[str] | None:
     return None
 
 
+def input_names(spec: TreeSpec, parameters: Sequence[str]) -> list[str]:
+    """Name the leaves of (args, kwargs) by the parameters of `forward`: `x`, `states.0`."""
+    args, kwargs = spec.children()
+    extra = [f"input.{place}" for place in range(len(parameters), args.num_children)]
+    positional = zip([*parameters, *extra], args.children(), strict=False)
+    named = zip(keys_of(kwargs) or [], kwargs.children(), strict=True)
+    pairs = [*positional, *named]
+    return [".".join((name, *path)) for name, child in pairs for path in _paths(child)]
+
+
 def leaf_names(spec: TreeSpec) -> list[str]:
     """Name every leaf by its path: `logits`, `hidden_states.0`; a bare leaf is `output`."""
     names = [".".join(path) for path in _paths(spec)]

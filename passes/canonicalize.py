@@ -48,9 +48,9 @@ class Canonicalize:
         for node in list(program.nodes()):
             _normalise(edit, node)
         _share(edit)
-        before = edit.count
+        note = f"{edit.count} nodes rewritten"
         changed = edit.close()
-        return Outcome(changed, (f"{before} rewrites",) if changed else ("already normal",))
+        return Outcome(changed, (note,) if changed else ("already normal",))
 
 
 def _normalise(edit: Edit, node: Node) -> None:

@@ -189,9 +189,7 @@ def _rows(x: Tensor, places: Tensor) -> Tensor:
     return torch.stack([row[spots] for row, spots in zip(x, places, strict=True)])
 
 
-def prune(
-    keep: float, picks: Sequence[int] = (0,), protected: int = 1, fuse: str = "no"
-) -> Step:
+def prune(keep: float, picks: Sequence[int] = (0,), protected: int = 1, fuse: str = "no") -> Step:
     """Keep the share of tokens that the class token attends to most; `fuse`: no, sum or mean."""
 
     def step(tokens: Tokens, _: Tensor, weights: Tensor) -> Tokens:

@@ -78,9 +78,7 @@ def _match(
     return kept, source, target
 
 
-def _pairs_of_halves(
-    unit: Tensor, floor: Tensor, place: Tensor
-) -> tuple[Tensor, int, Tensor]:
+def _pairs_of_halves(unit: Tensor, floor: Tensor, place: Tensor) -> tuple[Tensor, int, Tensor]:
     """Compare even with odd places: their best scores, places apart, and best partners."""
     even, odd = _halves(unit)
     even_floor, odd_floor = _halves(floor.unsqueeze(-1))

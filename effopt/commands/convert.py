@@ -68,6 +68,9 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
     output = Path(arguments.output)
     target(arguments.target)
     _check_output(output)
+    from effopt.recipe import steps_of
+
+    steps_of(arguments.recipe)
     progress.stage("load model")
     from effopt.models import load_model
 
