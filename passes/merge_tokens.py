@@ -118,8 +118,8 @@ class MergeTokens:
         return axis, _effective(axis, dict(zip(sites, wanted, strict=True)), tokens)
 
     def _wanted(self, sites: int) -> list[int | float]:
-        if self.schedule == "linear" and isinstance(self.r, int):
-            return [*linear(self.r, self.inflect, sites)]
+        if self.schedule == "linear" and not isinstance(self.r, tuple):
+            return linear(self.r, self.inflect, sites)
         return expand_values(self.r, sites, "r")
 
 

@@ -36,15 +36,27 @@ def choose_sites(
     by_block = {site.block: site for site in axis.sites}
     blocks = [_at_depth(axis, name) if isinstance(name, float) else name for name in named]
     if not blocks:
-        end = last if last >= 0 else max(by_block) + 1 + last
-        return [site for site in axis.usable() if first <= site.block <= end]
+        return _from_to(axis, first, last if last >= 0 else max(by_block) + 1 + last)
     for block in blocks:
         if block not in by_block:
             known = ", ".join(map(str, by_block))
             reason = f"there is no block {block} with self-attention over {axis.name}"
             return PreconditionError("model", reason, f"name blocks among {known}")
+    if any(isinstance(name, float) for name in named):
+        blocks = list(dict.fromkeys(blocks))  # in a shallow model two depths are one block
+    if sorted({*blocks}) != blocks:
+        listed = ", ".join(map(str, blocks))
+        raise UsageError(f"sites names the blocks {listed}", "name each block once, in order")
     refused = (by_block[block].refusal for block in blocks)
-    return next((r for r in refused if r), None) or [by_block[block] for block in sorted({*blocks})]
+    return next((r for r in refused if r), None) or [by_block[block] for block in blocks]
+
+
+def _from_to(axis: TokenAxis, first: int, last: int) -> list[Site]:
+    found = [site for site in axis.usable() if first <= site.block <= last]
+    if not found:
+        usable = ", ".join(str(site.block) for site in axis.usable())
+        raise UsageError(f"no block from {first} to {last} is usable", f"usable are {usable}")
+    return found
 
 
 def _at_depth(axis: TokenAxis, share: float) -> int:
@@ -54,11 +66,16 @@ def _at_depth(axis: TokenAxis, share: float) -> int:
     return usable[floor(share * len(usable))].block
 
 
-def linear(r: int, inflect: float, sites: int) -> list[int]:
-    """Spread r a site from r(1 - inflect) to r(1 + inflect), rounded down (the rule of ToMe)."""
-    low = floor(r * (1 - inflect))
+def linear(r: int | float, inflect: float, sites: int) -> list[int | float]:
+    """Spread r a site from r(1 - inflect) to r(1 + inflect); whole numbers are rounded down.
+
+    The rule of ToMe. Where the line falls below zero, nothing leaves.
+    """
+    whole = isinstance(r, int)
+    low = floor(r * (1 - inflect)) if whole else r * (1 - inflect)
     high = 2 * r - low
-    return [floor(low + (high - low) * place / max(sites - 1, 1)) for place in range(sites)]
+    line = [max(low + (high - low) * place / max(sites - 1, 1), 0) for place in range(sites)]
+    return [floor(value) for value in line] if whole else [*line]
 
 
 def removable(n: int, prefix: int, suffix: int) -> int:
