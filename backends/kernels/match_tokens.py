@@ -14,8 +14,9 @@ from effopt.backends.kernels.common import arg_dims, reduced
 from effopt.kernel import Kernel
 from effopt.program import value
 
-PAD, PROTECTED, WRONG = -2.0, -4.0, -6.0
-"""Scores below every cosine: pairs with padding go last, protected and wrong ones never go."""
+PAD, ONTO_PAD, PROTECTED, WRONG = -2.0, -3.0, -4.0, -6.0
+"""Scores below every cosine, in the order in which tokens would have to go: padding, what has only
+padding to merge into; never the protected, never the wrong parity."""
 
 
 @torch.library.custom_op("effopt::match_tokens", mutates_args=())
@@ -24,10 +25,11 @@ def match_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose r tokens at even places to merge, each into its most similar token at an odd place.
 
-    metric [B, N, D] is compared by cosine, in float32. size [B, N] is 0 for padding, whose pairs
-    go last. `keep` is N - r, given apart so that a free length is seen not to be negative. The
-    first `prefix` and the last `suffix` tokens take no part. Ties go to the lower place. Returns,
-    all int64 and counted in 0..N-1: kept [B, keep], source [B, r], target [B, r].
+    metric [B, N, D] is compared by cosine, in float32. size [B, N] is 0 for padding, which goes
+    last, and is nobody's target while there is another. `keep` is N - r, given apart so that a
+    free length is seen not to be negative. The first `prefix` and the last `suffix` tokens take
+    no part. Ties go to the lower place. Returns, all int64 and counted in 0..N-1: kept [B, keep],
+    source [B, r], target [B, r].
 
     kept is ascending if `ordered`; otherwise it is prefix, even places, odd places, suffix, each
     ascending: the published order, which the even/odd split of a next site depends on.
@@ -66,9 +68,10 @@ def _match(
     place = torch.arange(n, device=metric.device)
     guarded = (place < prefix) | (place >= n - suffix)
     unit = metric.float() / metric.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    floor = torch.where(guarded, PROTECTED, torch.where(size > 0, 1.0, PAD))
     pairs = _pairs_of_halves if isinstance(n, int) else _pairs_of_all
-    best, source_at, partner = pairs(unit, floor, place)
+    source_floor = torch.where(guarded, PROTECTED, torch.where(size > 0, 1.0, PAD))
+    target_floor = torch.where(guarded, PROTECTED, torch.where(size > 0, 1.0, ONTO_PAD))
+    best, source_at, partner = pairs(unit, source_floor, target_floor)
     chosen = top(best, r)
     source = chosen * source_at
     target = partner.gather(1, chosen)
@@ -78,27 +81,31 @@ def _match(
     return kept, source, target
 
 
-def _pairs_of_halves(unit: Tensor, floor: Tensor, place: Tensor) -> tuple[Tensor, int, Tensor]:
+def _pairs_of_halves(
+    unit: Tensor, source_floor: Tensor, target_floor: Tensor
+) -> tuple[Tensor, int, Tensor]:
     """Compare even with odd places: their best scores, places apart, and best partners."""
     even, odd = _halves(unit)
-    even_floor, odd_floor = _halves(floor.unsqueeze(-1))
-    score = torch.minimum(even @ odd.transpose(1, 2), even_floor)
-    best, partner = torch.minimum(score, odd_floor.transpose(1, 2)).max(dim=-1)
-    return best, 2, partner * 2 + 1
+    source, target = _halves(source_floor)[0], _halves(target_floor)[1]
+    score = torch.minimum(even @ odd.transpose(1, 2), target.unsqueeze(1))
+    best, partner = score.max(dim=-1)
+    return torch.where(source < 0, source, best), 2, partner * 2 + 1
 
 
-def _pairs_of_all(unit: Tensor, floor: Tensor, place: Tensor) -> tuple[Tensor, int, Tensor]:
+def _pairs_of_all(
+    unit: Tensor, source_floor: Tensor, target_floor: Tensor
+) -> tuple[Tensor, int, Tensor]:
     """Compare all places and rule out the wrong parity: a free N has no half of known size."""
-    is_even = place % 2 == 0
-    score = torch.minimum(unit @ unit.transpose(1, 2), floor.unsqueeze(2))
-    score = torch.minimum(score, floor.unsqueeze(1))
-    pair = is_even.unsqueeze(1) & ~is_even.unsqueeze(0)
-    best, partner = torch.where(pair, score, WRONG).max(dim=-1)
-    return best, 1, partner
+    even = torch.arange(unit.shape[1], device=unit.device) % 2 == 0
+    target = torch.where(even, WRONG, target_floor)
+    score = torch.minimum(unit @ unit.transpose(1, 2), target.unsqueeze(1))
+    best, partner = score.max(dim=-1)
+    best = torch.where(source_floor < 0, source_floor, best)
+    return torch.where(even, best, WRONG), 1, partner
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut [B, N, D] into even and odd places, contiguous: a strided view would fix N's parity."""
+    """Cut dimension 1 into even and odd places, contiguous: views would fix the parity of N."""
     keep = torch.contiguous_format
     return x[:, ::2].clone(memory_format=keep), x[:, 1::2].clone(memory_format=keep)
 
