@@ -23,14 +23,18 @@ def write(
 ) -> dict[str, str]:
     """Write `model.onnx` (and `model.onnx.data` for large weights) into an existing folder.
 
-    `provenance` goes into the file's metadata, below "effopt.version". Returns the outputs that
+    `provenance` goes into the file's metadata, beside the version and the passes. Returns the outputs that
     are named otherwise in the file, `{name: name in the file}`: those named like an input.
     Raises PreconditionError, naming the operator, for what standard operators cannot say.
     """
     from effopt.backends.onnx_file import save
     from effopt.backends.onnx_lower import lower
 
-    known = {"effopt.version": importlib.metadata.version("effopt"), **(provenance or {})}
+    known = {
+        "effopt.version": importlib.metadata.version("effopt"),
+        "effopt.passes": ",".join(program.history),
+        **(provenance or {}),
+    }
     return save(lower(program), program.signature, folder, known)
 
 

@@ -145,6 +145,7 @@ def _run_step(step: Step, program: Program) -> tuple[Program, StepRecord]:
         after = program.fork()
         outcome = step.run.run(after)
         if outcome.changed:
+            after.history = (*program.history, spec_of(step.run))
             verify(after, step.run.name)
         else:
             after = program

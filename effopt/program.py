@@ -31,7 +31,7 @@ class Program:
 
     `samples` are example inputs (flat, as captured); `dynamic` maps the name of each symbol of
     the graph to the name that the signature uses for it (`{"s77": "batch"}`), `ranges` gives
-    the sizes that a name stands for.
+    the sizes that a name stands for. `history` holds the specs of the passes that changed it.
     """
 
     module: GraphModule
@@ -42,6 +42,7 @@ class Program:
     slots: Slots
     dynamic: dict[str, str] = field(default_factory=dict)
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    history: tuple[str, ...] = ()
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

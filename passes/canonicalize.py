@@ -36,15 +36,16 @@ class Canonicalize:
 
     def check(self, program: Program) -> list[PreconditionError]:
         """Refuse an in-place operator whose effect is seen through another value."""
-        order = {node: place for place, node in enumerate(program.nodes())}
+        order = _order(program)
         found = (_why_not_functional(node, order) for node in program.nodes())
         return [refusal for refusal in found if refusal]
 
     def run(self, program: Program) -> Outcome:
         """Apply the rules once, in execution order; then share what is computed twice."""
         edit = Edit(program, self.name)
-        for node in list(program.nodes()):
-            _functional(edit, node)
+        order = _order(program)
+        for node in order:
+            _functional(edit, node, order)
         for node in list(program.nodes()):
             _normalise(edit, node)
         _share(edit)
@@ -122,14 +123,18 @@ def _whole_slice(node: Node) -> Node | None:
     return inner if isinstance(inner, Node) and same_shape(inner, node) else None
 
 
-def _functional(edit: Edit, node: Node) -> None:
+def _order(program: Program) -> dict[Node, int]:
+    """Number the nodes in execution order."""
+    return {node: place for place, node in enumerate(program.nodes())}
+
+
+def _functional(edit: Edit, node: Node, order: dict[Node, int]) -> None:
     """Replace `op_` by `op`; what reads the changed value later reads the result."""
     twin = functional_twin(node)
     if twin is None:
         return
     changed = node.args[0]
     assert isinstance(changed, Node)
-    order = {other: place for place, other in enumerate(edit.graph.nodes)}
     later = [user for user in changed.users if order[user] > order[node]]
     edit.retarget(node, twin, *node.args, **node.kwargs)
     for user in later:
