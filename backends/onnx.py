@@ -23,8 +23,9 @@ def write(
 ) -> dict[str, str]:
     """Write `model.onnx` (and `model.onnx.data` for large weights) into an existing folder.
 
-    `provenance` goes into the file's metadata, beside the version and the passes. Returns the outputs that
-    are named otherwise in the file, `{name: name in the file}`: those named like an input.
+    `provenance` goes into the file's metadata, beside the version and the passes. Returns the
+    outputs that are named otherwise in the file, `{name: name in the file}`: those named like an
+    input.
     Raises PreconditionError, naming the operator, for what standard operators cannot say.
     """
     from effopt.backends.onnx_file import save

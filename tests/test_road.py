@@ -141,5 +141,5 @@ def test_the_report_is_in_the_folder_and_says_where_the_time_went(tmp_path: Path
     for name in ("capture", "merge-tokens{r=3}", "quality", "build", "check", "measure"):
         assert name in stages
     assert {row.batch for row in optimized.report.latency} == {1, 8}
-    assert {row.variant for row in optimized.report.latency} == {"plain export", "effopt"}
+    assert {row.variant for row in optimized.report.latency} == {"exact export", "effopt"}
     assert optimized.report.macs_after < optimized.report.macs_before
