@@ -99,8 +99,9 @@ def _name_ports(graph: ir.Graph, signature: Signature) -> dict[str, str]:
     wanted = inputs + [_free(spec.name, inputs) for spec in signature.outputs]
     values = [*graph.inputs, *graph.outputs]
     specs: list[TensorSpec] = [*signature.inputs, *signature.outputs]
+    ports = {id(value) for value in values}
     for value in _values(graph):
-        if value not in values and value.name in wanted:
+        if id(value) not in ports and value.name in wanted:
             value.name = f"{value.name}.inner"
     # Through names that nobody has, so that two ports can swap their names.
     for place, value in enumerate(values):

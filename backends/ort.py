@@ -1,6 +1,5 @@
 """onnxruntime on the CPU: the portable file, loaded once to see that it runs."""
 
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +42,9 @@ class Ort:
             raise MissingError(*here.reason.split(": ", 1))
         made = Onnx().build(program, target, folder)
         Session(folder / MODEL, program.signature.with_ports(made.ports), check_only=True)
-        version = importlib.metadata.version("onnxruntime")
-        tools = {**made.facts["tools"], "onnxruntime": version}
+        import onnxruntime  # the package may be onnxruntime-gpu: only the module knows
+
+        tools = {**made.facts["tools"], "onnxruntime": str(onnxruntime.__version__)}
         return replace(made, facts={**made.facts, "tools": tools})
 
     def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:

@@ -36,6 +36,10 @@ class Session:
         if found != self._inputs:
             reason = f"{path.name} takes {found}, its signature says {self._inputs}"
             raise VerificationError(reason, "build the engine again")
+        given = [port.name for port in self._session.get_outputs()]
+        if given != self._outputs:
+            reason = f"{path.name} gives {given}, its signature says {self._outputs}"
+            raise VerificationError(reason, "build the engine again")
 
     def run(self, inputs: list[Array]) -> list[Array]:
         """Run once; UsageError for inputs that the model cannot take, such as an unknown token."""

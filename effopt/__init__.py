@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from effopt.errors import UnsafeFileError as UnsafeFileError
     from effopt.errors import UsageError as UsageError
     from effopt.errors import VerificationError as VerificationError
-    from effopt.explain import Explanation as Explanation
-    from effopt.explain import explain as explain
+    from effopt.explanation import Explanation as Explanation
+    from effopt.explanation import explain as explain
     from effopt.optimizer import Optimized as Optimized
     from effopt.optimizer import optimize as optimize
     from effopt.report import Report as Report
@@ -38,7 +38,7 @@ _HOME = {
         ),
         "effopt.errors",
     ),
-    **dict.fromkeys(("Explanation", "explain"), "effopt.explain"),
+    **dict.fromkeys(("Explanation", "explain"), "effopt.explanation"),
     **dict.fromkeys(("Optimized", "optimize"), "effopt.optimizer"),
     **dict.fromkeys(("recipes", "targets"), "effopt.tables"),
     "Report": "effopt.report",

@@ -22,20 +22,20 @@ Size = Any
 class Axis:
     """One identity. A bound axis stands for the factors that it was found to be made of."""
 
-    __slots__ = ("bound", "name", "part", "reduced_from", "segments", "size")
+    __slots__ = ("bound", "name", "parts", "reduced_from", "segments", "size")
 
     def __init__(
         self,
         name: str,
         size: Size,
         segments: "tuple[Segment, ...]" = (),
-        part: "Part | None" = None,
+        parts: "tuple[Part, ...]" = (),
         reduced_from: "Dim" = (),
     ) -> None:
         self.name = name
         self.size = size
         self.segments = segments
-        self.part = part
+        self.parts = parts
         self.reduced_from = reduced_from
         self.bound: Dim | None = None
 
@@ -58,7 +58,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Part:
-    """An axis that is the places `start` to `stop` of another dimension (a slice of it)."""
+    """The places `start` to `stop` of another dimension: what a slice of it counts.
+
+    An axis can be several parts at once, where different slices meet (`x[1:] - x[:-1]`).
+    """
 
     whole: Dim
     start: Size
@@ -67,6 +70,10 @@ class Part:
 
 class AxisError(Exception):
     """Two dimensions that an operator needs to be one cannot be; caught by the propagation."""
+
+
+class MixedError(AxisError):
+    """Tokens from before and from after a reduction meet: a defect of the pass that made it."""
 
 
 def same_size(left: Size, right: Size) -> bool:
@@ -80,7 +87,9 @@ def leaves(dim: Sequence[Axis]) -> Dim:
     """Replace bound axes by what they are made of."""
     found: list[Axis] = []
     for axis in dim:
-        found.extend((axis,) if axis.bound is None else leaves(axis.bound))
+        if axis.bound is not None:
+            axis.bound = leaves(axis.bound)
+        found.extend((axis,) if axis.bound is None else axis.bound)
     return tuple(found)
 
 
@@ -125,14 +134,14 @@ def bind(axis: Axis, dim: Dim) -> None:
         axis, dim = dim[0], (axis,)
     whole = {a for other in dim for a in _history(other)}
     if axis in whole or set(_history(axis)) & set(dim):
-        raise AxisError(f"{axis} before and after a reduction meet")
-    if axis.part and any(other.part and other.part != axis.part for other in dim):
-        raise AxisError(f"two different parts of {show(axis.part.whole)} meet")
+        raise MixedError(f"{axis} before and after a reduction meet")
+    if len(dim) == 1:
+        dim[0].parts = (*dim[0].parts, *(part for part in axis.parts if part not in dim[0].parts))
     axis.bound = dim
 
 
 def _knows(axis: Axis) -> int:
-    return 2 * bool(axis.reduced_from) + bool(axis.segments) + bool(axis.part)
+    return 2 * bool(axis.reduced_from) + bool(axis.segments) + bool(axis.parts)
 
 
 def _history(axis: Axis) -> Dim:
@@ -223,11 +232,13 @@ class AxisMap:
     """The dims of every tensor of a program, and the nodes where the rules gave out.
 
     `dims` maps a node to its Dims (a tuple of Dims where it yields several tensors);
-    `unknown` maps a node to the reason why its dims are fresh guesses of nothing.
+    `unknown` maps a node to the reason why its dims are fresh guesses of nothing; `mixed` holds
+    those of them where tokens from before and after a reduction meet.
     """
 
     dims: dict[Node, Any] = field(default_factory=dict)
     unknown: dict[Node, str] = field(default_factory=dict)
+    mixed: dict[Node, str] = field(default_factory=dict)
 
     def of(self, node: Node) -> Dims:
         """Return the dims of a node that yields one tensor, with bound axes resolved."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from effopt.axes import (
@@ -17,6 +18,7 @@ from effopt.axes import (
     Segment,
     fresh,
     fresh_dims,
+    leaves,
     regroup,
     same_size,
     unify,
@@ -93,7 +95,7 @@ def linear(found: AxisMap, node: Node) -> Dims:
     """`x [..., in] @ weight [out, in]^T + bias [out]`."""
     x, weight, *bias = tensors(node)
     (*outer, inner), (out, into) = found.of(x), found.of(weight)
-    unify(into, inner)
+    unify(inner, into)
     for term in bias:
         unify(out, found.of(term)[0])
     return (*outer, out)
@@ -202,8 +204,8 @@ def slice_(found: AxisMap, node: Node) -> Dims:
         return tuple(dims)
     start, _, step = slice_range(node)
     whole = dims[place]
-    part = Part(whole, start, start + size) if step == 1 else None
-    axis = Axis(f"{node.name}.{place}", size, part=part)
+    parts = (Part(whole, start, start + size),) if step == 1 else ()
+    axis = Axis(f"{node.name}.{place}", size, parts=parts)
     dims[place] = () if same_size(size, 1) else (axis,)
     return tuple(dims)
 
@@ -228,13 +230,33 @@ def join(found: AxisMap, node: Node) -> Dims:
         for spot, dim in enumerate(found.of(other)):
             if spot != place and dim and dims[spot]:
                 unify(dims[spot], dim)
-    segments, start = [], 0
+    segments, start = list[Segment](), 0
     for part in parts:
-        stop = start + shape(part)[place]
-        segments.append(Segment(start, stop, learned=not depends_on_input(part)))
-        start = stop
+        segments += _segments(found.of(part)[place], part, start, shape(part)[place])
+        start = start + shape(part)[place]
     dims[place] = (Axis(f"{node.name}.{place}", start, tuple(segments)),)
     return tuple(dims)
+
+
+def _segments(dim: Dim, part: Node, start: Any, size: Any) -> list[Segment]:
+    """Return the segments of one joined part; what was joined or cut before keeps its own."""
+    axis = dim[0] if len(dim) == 1 else None
+    if axis is not None and axis.segments:
+        return [Segment(start + s.start, start + s.stop, s.learned) for s in axis.segments]
+    for cut in axis.parts if axis is not None else ():
+        whole = leaves(cut.whole)
+        inside = whole[0].segments if len(whole) == 1 else ()
+        for segment in inside:
+            if known_within(segment.start, cut.start) and known_within(cut.stop, segment.stop):
+                return [Segment(start, start + size, segment.learned)]
+    return [Segment(start, start + size, learned=not depends_on_input(part))]
+
+
+def known_within(low: Any, high: Any) -> bool:
+    """Tell whether low <= high for every input, without adding a guard."""
+    if isinstance(low, int) and isinstance(high, int):
+        return low <= high
+    return bool(statically_known_true(low <= high))
 
 
 def dim_arg_of_list(node: Node) -> int:
@@ -307,7 +329,7 @@ def pieces(found: AxisMap, node: Node) -> Any:
     for count, piece in enumerate(value(node)):
         size = piece.shape[place]
         part = Part(dims[place], start, start + size)
-        axis = Axis(f"{node.name}.{count}", size, part=part)
+        axis = Axis(f"{node.name}.{count}", size, parts=(part,))
         own = () if same_size(size, 1) else (axis,)
         results.append((*dims[:place], own, *dims[place + 1 :]))
         start = start + size

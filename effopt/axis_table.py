@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from effopt import axis_rules as rules
-from effopt.axes import AxisError, AxisMap, fresh, fresh_dims
+from effopt.axes import AxisError, AxisMap, MixedError, fresh, fresh_dims
 from effopt.axis_rules import Rule
 from effopt.kernel import kernels
 from effopt.program import is_tensor, value
@@ -126,6 +126,8 @@ def propagate(found: AxisMap, node: Node) -> None:
         found.dims[node] = _rule(node)(found, node)
     except AxisError as error:
         found.unknown[node] = str(error)
+        if isinstance(error, MixedError):
+            found.mixed[node] = str(error)
         found.dims[node] = _opaque(node)
 
 

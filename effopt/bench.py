@@ -20,6 +20,8 @@ from effopt.report import Latency, Quality
 Feeds = dict[str, Array]
 
 _BATCH = "batch"
+_PATIENCE = 600.0
+"""Seconds that loading engines may take beyond their timing."""
 
 
 def batches(engine: Engine) -> tuple[int, ...]:
@@ -76,7 +78,12 @@ def time_folders(rows: Mapping[str, Path], budget: float) -> tuple[Latency, ...]
     """
     request = json.dumps({name: str(folder) for name, folder in rows.items()})
     command = [sys.executable, "-m", "effopt.bench", request, str(budget)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    limit = _PATIENCE + 10 * budget * len(rows)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        reason = f"the engine could not be timed within {limit:.0f} s"
+        raise EffoptError(reason, "save with measure=False") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise EffoptError(f"the engine could not be timed: {last}", "save with measure=False")
@@ -101,8 +108,9 @@ def threads() -> int:
 def agreement(reference: Engine, other: Engine, inputs: Feeds, data: str) -> tuple[Quality, ...]:
     """Compare the outputs that two engines give by the same name on the same inputs.
 
-    For each: the mean cosine over the rows, with the least row as its lower bound; for `logits`
-    also how often the largest is at the same place, with its 95 % interval.
+    For each: the mean cosine over the rows, with the least row as its lower bound; for `logits`,
+    or the only output where it is a table, also how often the largest is at the same place, with
+    its 95 % interval. An output of two shapes has no value, and a note in its place.
     """
     return tuple(agreement_of(_outputs(reference, inputs), _outputs(other, inputs), data))
 
@@ -117,10 +125,12 @@ def agreement_of(want: Feeds, got: Feeds, data: str) -> Iterator[Quality]:
     """Compare outputs by name, as `agreement` does for engines."""
     for name in [name for name in want if name in got]:
         if want[name].shape != got[name].shape:
-            continue  # one of them returns fewer tokens on purpose: there is no row to compare
+            note = f"not compared: the shapes are {list(want[name].shape)}, {list(got[name].shape)}"
+            yield Quality(f"cosine of {name}", None, data=note)
+            continue
         found = cosine(want[name], got[name])
         yield Quality(f"cosine of {name}", found.mean, found.min, None, found.rows, data)
-        if name == "logits":
+        if name == "logits" or (len(want) == 1 and _is_choice(want[name])):
             share = top1_agreement(want[name], got[name])
             yield Quality(
                 f"top-1 agreement of {name}",
@@ -130,6 +140,11 @@ def agreement_of(want: Feeds, got: Feeds, data: str) -> Iterator[Quality]:
                 share.samples,
                 data,
             )
+
+
+def _is_choice(array: Array) -> bool:
+    """Tell whether an array may hold a row of scores for each sample."""
+    return array.ndim == 2 and array.shape[1] > 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Capture: a model becomes a Program, by torch.export, with the dimensions asked for dynamic."""
 
 import contextlib
-import inspect
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from effopt.errors import CaptureError, UsageError, unknown
-from effopt.inputs import Inputs, example_inputs_of, read_inputs
-from effopt.program import Program, Slots, is_tensor
+from effopt.inputs import Inputs, example_inputs_of, parameter_names, read_inputs, spelled_out
+from effopt.program import Program, Slots, is_tensor, where
 from effopt.signature import Signature, TensorSpec
 from effopt.structure import input_names, leaf_names, to_structure
 
 DYNAMIC = ("batch", "length")
 """The dimensions that can be dynamic: rows of all inputs, and the token count of a text."""
+
+DEFAULT = ("batch",)
+"""What is dynamic where nothing is said; an exported program need not have it."""
 
 _UNBOUNDED = 2**31 - 1
 
@@ -37,13 +40,14 @@ def capture(
     `example_inputs` is a tensor, a tuple of positional arguments, a dict of keyword arguments or
     a pair (args, kwargs); a Hugging Face model may leave it out: inputs are drawn from its config.
     The caller's model is left as it was. Raises UsageError for inputs that are none, CaptureError
-    (with the source line) for a model that is not one graph.
+    (with the source line) for a model that is not one graph. An exported program keeps the sizes
+    that it was exported with; UsageError where it lacks one that is asked for beyond the default.
     """
     for name in dynamic:
         if name not in DYNAMIC:
             raise unknown("dynamic dimension", name, DYNAMIC)
     if isinstance(model, ExportedProgram):
-        return _from_exported(model, example_inputs)
+        return _from_exported(model, example_inputs, dynamic)
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"the model is a {type(model).__name__}, not a torch module",
@@ -53,14 +57,8 @@ def capture(
     inputs = read_inputs(given)
     if "batch" in dynamic:
         inputs = inputs.at_least_two_rows()
-    return _program(_export(model, inputs, dynamic), inputs, _parameters(model))
-
-
-def _parameters(model: nn.Module) -> list[str]:
-    """Return the names of the positional parameters of `forward`."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    found = inspect.signature(model.forward).parameters.values()
-    return [parameter.name for parameter in found if parameter.kind in kinds]
+    names = parameter_names(model, len(inputs.args))
+    return _program(_export(model, inputs, dynamic), inputs, names)
 
 
 def _export(model: nn.Module, inputs: Inputs, dynamic: Sequence[str]) -> ExportedProgram:
@@ -92,8 +90,8 @@ def _length_range(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> tup
 
 
 def _traced(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> ExportedProgram:
-    shapes = inputs.dynamic_shapes(dims)
-    with _evaluating(model), torch.no_grad(), _explained(model):
+    with _evaluating(model), torch.no_grad(), _explained(model), spelled_out(model, inputs) as as_:
+        shapes = inputs.dynamic_shapes(as_, dims)
         return torch.export.export(
             model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False
         )
@@ -139,8 +137,8 @@ def _user_line(error: BaseException) -> str:
 def _remedy(error: BaseException) -> str:
     text = f"{type(error).__name__} {error}"
     table = {
-        "GuardOnDataDependent": "the control flow reads values: use torch.where or torch.cond",
-        "data-dependent": "the control flow reads values: use torch.where or torch.cond",
+        "GuardOnDataDependent": "the control flow reads values: use torch.where",
+        "data-dependent": "the control flow reads values: use torch.where",
         "Constraints violated": "the model fixes that size: leave it out of dynamic",
         "ConstraintViolation": "the model fixes that size: leave it out of dynamic",
         "unexpected keyword": "check the names of the example inputs against forward",
@@ -152,12 +150,21 @@ def _remedy(error: BaseException) -> str:
     return next(known, "run the model once on the example inputs, then torch.export.export on it")
 
 
-def _from_exported(exported: ExportedProgram, example_inputs: object) -> Program:
+def _from_exported(
+    exported: ExportedProgram, example_inputs: object, dynamic: Sequence[str]
+) -> Program:
     """Take a program that the user exported: its own dynamic dimensions stand."""
     given = example_inputs if example_inputs is not None else exported.example_inputs
     if given is None:
         raise UsageError("the exported program holds no example inputs", "pass example_inputs")
-    return _program(exported, read_inputs(given), None)
+    program = _program(exported, read_inputs(given), None)
+    lacking = [name for name in dynamic if name not in program.dynamic.values()]
+    if lacking and tuple(dynamic) != DEFAULT:
+        raise UsageError(
+            f"the exported program fixes its {lacking[0]}, which dynamic asks for",
+            f"export it with a Dim for {lacking[0]}, or leave {lacking[0]!r} out of dynamic",
+        )
+    return program
 
 
 def _program(exported: ExportedProgram, inputs: Inputs, parameters: list[str] | None) -> Program:
@@ -170,12 +177,11 @@ def _program(exported: ExportedProgram, inputs: Inputs, parameters: list[str] | 
     info: Any = getattr(graph._codegen, "pytree_info")  # noqa: B009 - of export's own code generator
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     constants = [node for node in placeholders if not isinstance(node.meta["val"], Tensor)]
-    for node in constants:
-        graph.erase_node(node)
     tensors = [node for node in placeholders if node not in constants]
     known = [n.name for n in placeholders] if parameters is None else None
     given = known or input_names(info.in_spec, parameters or [])
     inputs_named = [name for name, n in zip(given, placeholders, strict=True) if n in tensors]
+    fixed = _fixed(graph, placeholders, given)
     graph.set_codegen(torch.fx.graph.CodeGen())
     names, slots = _flat_outputs(graph, info.out_spec)
     dynamic, ranges = _symbols(exported, tensors)
@@ -189,9 +195,48 @@ def _program(exported: ExportedProgram, inputs: Inputs, parameters: list[str] | 
         to_structure(info.out_spec, slots),
     )
     flat = torch.fx.GraphModule(nested, graph)
-    return Program(
-        flat, signature, inputs.tensors(), info.in_spec, info.out_spec, slots, dynamic, ranges
+    program = Program(
+        *(flat, signature, (), info.in_spec, info.out_spec, slots, dynamic, ranges),
+        constants=fixed,
     )
+    _check_operators(program)
+    return replace(program, samples=program.flatten(inputs.args, inputs.kwargs))
+
+
+def _fixed(
+    graph: torch.fx.Graph, placeholders: list[Node], names: list[str]
+) -> dict[int, tuple[str, Any]]:
+    """Take the inputs that are no tensors out of the graph: their values are part of it."""
+    fixed: dict[int, tuple[str, Any]] = {}
+    for place, (node, name) in enumerate(zip(placeholders, names, strict=True)):
+        if isinstance(node.meta["val"], Tensor):
+            continue
+        if node.users:
+            raise CaptureError(
+                f"the input {name!r} is a number that stays free", "export it as a fixed number"
+            )
+        fixed[place] = (name, node.meta["val"])
+        graph.erase_node(node)
+    return fixed
+
+
+def _check_operators(program: Program) -> None:
+    """Refuse what is no ATen operator, such as torch.cond, whose branches are graphs."""
+    from effopt.verify import SIZE_OPERATORS
+
+    odd = [
+        node
+        for node in program.nodes()
+        if node.op not in ("placeholder", "get_attr", "output")
+        and not isinstance(node.target, torch._ops.OpOverload)
+        and node.target not in SIZE_OPERATORS
+    ]
+    odd += [node for node in program.nodes() if node.op == "get_attr" and not is_tensor(node)]
+    if odd:
+        raise CaptureError(
+            f"{where(odd[0])} is no ATen operator: the graph cannot hold it",
+            "write it in plain tensor operations, such as torch.where for torch.cond",
+        )
 
 
 def _flat_outputs(graph: torch.fx.Graph, spec: pytree.TreeSpec) -> tuple[list[str], Slots]:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import Argument, map_arg
 
+from effopt.axes import same_size
 from effopt.errors import VerificationError
 from effopt.program import Program, where
 
@@ -91,7 +92,13 @@ class Edit:
         self.update(node, *args, **kwargs)
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let every reader of `old` read `new`, and drop `old`."""
+        """Let every reader of `old` read `new`, of the same shape and dtype, and drop `old`."""
+        before, after = old.meta.get("val"), new.meta.get("val")
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            same = before.ndim == after.ndim and before.dtype == after.dtype
+            if not same or not all(map(same_size, before.shape, after.shape)):
+                reason = f"{new.name} does not have the shape and dtype of what it stands for"
+                raise VerificationError(f"{where(old)}: {reason}")
         for key in ("nn_module_stack", "stack_trace"):
             if key in old.meta and key not in new.meta and new.op == "call_function":
                 new.meta[key] = old.meta[key]
@@ -116,7 +123,8 @@ class Edit:
 
 def fake_mode(program: Program) -> FakeTensorMode:
     """Return the mode that the program was traced under; it owns the symbols."""
-    mode = detect_fake_mode([node.meta["val"] for node in program.inputs()])
+    first = next(node for node in program.nodes() if node.op == "placeholder")
+    mode = detect_fake_mode([first.meta["val"]])
     assert mode is not None, "a captured program has fake inputs"
     return mode
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from effopt.attention import is_causal
-from effopt.axes import AxisMap, Dim, Dims, Size, leaves, same_size
+from effopt.axes import Axis, AxisMap, Dim, Dims, Size, leaves
 from effopt.axis_rules import dim_arg, dim_arg_of_list, dims_arg, first, slice_range, tensors
 from effopt.axis_table import family
 from effopt.program import is_tensor, shape
@@ -51,11 +51,15 @@ BROKEN = "broken"
 
 @dataclass(frozen=True)
 class Tokens:
-    """One token axis, as the factors of its dimension, in the axes of one program."""
+    """One token axis, as the factors of its dimension, in the axes of one program.
+
+    `batch` are the factors over which the samples differ: each keeps other tokens.
+    """
 
     dim: Dim
     size: Size
     axes: AxisMap
+    batch: Dim = ()
 
     def find(self, dim: Dim) -> Range | str | None:
         """Say which tokens a dimension counts: a Range, BROKEN for a piece of a grid, or None."""
@@ -84,17 +88,26 @@ class Tokens:
         return {place: spot for spots in pieces for place, spot in spots.items()}
 
     def _touches(self, own: Dim) -> bool:
-        return any(axis in self.dim or self._part(axis) is not None for axis in own)
+        return any(axis in self.dim or self._ranges(axis) for axis in own)
 
-    def _part(self, axis: object) -> Range | None:
-        part = getattr(axis, "part", None)
-        if part is None:
-            return None
-        whole = leaves(part.whole)
-        if whole == self.dim:
-            return Range(part.start, part.stop, True)
-        outer = self._part(whole[0]) if len(whole) == 1 else None
-        return Range(outer.start + part.start, outer.start + part.stop, True) if outer else None
+    def _part(self, axis: Axis) -> "Range | None":
+        """Return the tokens that an axis counts; none where two different slices meet in it."""
+        ranges = self._ranges(axis)
+        one = len({(str(found.start), str(found.stop)) for found in ranges}) == 1
+        return ranges[0] if one else None
+
+    def _ranges(self, axis: Axis) -> "list[Range]":
+        found: list[Range] = []
+        for part in axis.parts:
+            whole = leaves(part.whole)
+            if whole == self.dim:
+                found.append(Range(part.start, part.stop, True))
+            elif len(whole) == 1:
+                found += [
+                    Range(outer.start + part.start, outer.start + part.stop, True)
+                    for outer in self._ranges(whole[0])
+                ]
+        return found
 
 
 def effect(node: Node, tokens: Tokens) -> Effect | None:
@@ -111,7 +124,28 @@ def effect(node: Node, tokens: Tokens) -> Effect | None:
         return Effect(Kind.ORDER, f"{node.target} has no rule along tokens")
     if kind != "view" and any(BROKEN in tokens.on(arg).values() for arg in operands):
         return Effect(Kind.ORDER, "the tokens are laid out as a grid or mixed with another axis")
+    if reason := _mixes(node, kind, tokens):
+        return Effect(Kind.ORDER, reason)
     return EFFECTS[kind](node, tokens)
+
+
+def _mixes(node: Node, kind: str, tokens: Tokens) -> str:
+    """Say why an operator compares what each sample keeps by itself, or cuts it in the middle."""
+    if kind not in ACTS_ALONG:
+        return ""
+    x, places = first(node), ACTS_ALONG[kind](node)
+    if not is_tensor(x) or not tokens.on(x):
+        return ""
+    spots, dims = tokens.on(x), tokens.axes.of(x)
+    rows = {n for n, dim in enumerate(dims) if set(dim) & set(tokens.batch)} - set(spots)
+    if set(places) & rows:
+        return "tokens of different samples would be compared, and each sample keeps others"
+    acted = [spots[place] for place in places if place in spots]
+    if any(isinstance(spot, Range) and not spot.pure for spot in acted):
+        return "the tokens share the dimension with another axis"
+    if acted and len(spots) > 1:
+        return "it takes tokens out of a table of token pairs"
+    return ""
 
 
 def _map(node: Node, tokens: Tokens) -> Effect:
@@ -168,7 +202,7 @@ def _reduction(node: Node, tokens: Tokens) -> Effect:
     gone, spots = dims_arg(node, 1), tokens.on(first(node))
     if not set(gone) & set(spots):
         return MAP
-    pools = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
+    pools = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
     if node.target in pools and len(gone) == 1:
         return Effect(Kind.POOL)
     return Effect(Kind.ORDER, f"{node.target} over the tokens has no weighted form")
@@ -207,20 +241,35 @@ def _kernel(node: Node, tokens: Tokens) -> Effect:
     return Effect(Kind.ORDER, "the tokens are reduced already by an earlier pass")
 
 
+def _create(node: Node, tokens: Tokens) -> Effect:
+    return Effect(Kind.ORDER, "a new tensor is made with sizes of its own")
+
+
 def _gather(node: Node, tokens: Tokens) -> Effect:
     return Effect(Kind.ORDER, "tokens are gathered by an index")
 
 
+ACTS_ALONG: dict[str, Callable[[Node], tuple[int, ...]]] = {
+    "softmax": lambda node: (dim_arg(node, 1),),
+    "scan": lambda node: dims_arg(node, 1),
+    "reduction": lambda node: dims_arg(node, 1),
+    "select": lambda node: (dim_arg(node, 1),),
+    "slice": lambda node: (dim_arg(node, 1),),
+    "unbind": lambda node: (dim_arg(node, 1),),
+    "pieces": lambda node: (dim_arg(node, 2),),
+    "roll": lambda node: dims_arg(node, 2),
+    "attention": lambda node: (len(shape(first(node))) - 2,),
+}
+"""The dimensions along which a family works: reduces, picks, orders or attends."""
+
 EffectRule = Callable[[Node, Tokens], Effect]
 EFFECTS: dict[str, EffectRule] = {
-    **dict.fromkeys(
-        ("pointwise", "cast", "permute", "transpose", "expand", "stack", "item", "create"), _map
-    ),
+    **dict.fromkeys(("pointwise", "cast", "permute", "transpose", "expand", "stack", "item"), _map),
     "norm": _along("a norm runs over the tokens", _normalised),
     "softmax": _along(
         "a softmax over the tokens outside of an attention call", lambda n: (dim_arg(n, 1),)
     ),
-    "scan": _along("a cumulative sum depends on token order", lambda n: dims_arg(n, 1)),
+    "scan": _along("it depends on the order of the tokens", lambda n: dims_arg(n, 1)),
     "unbind": _along("the tokens are taken apart", lambda n: (dim_arg(n, 1),)),
     "pieces": _along("the tokens are split", lambda n: (dim_arg(n, 2),)),
     "roll": _along("the tokens are shifted", lambda n: dims_arg(n, 2)),
@@ -237,6 +286,7 @@ EFFECTS: dict[str, EffectRule] = {
     "convolution": _spatial,
     "grid": _spatial,
     "kernel": _kernel,
+    "create": _create,
 }
 """Family → what it does along the tokens. A family without a row blocks every site before it."""
 
@@ -247,8 +297,9 @@ def index_of_pick(node: Node, tokens: Tokens) -> tuple[int, bool]:
     given = node.args[2]
     assert isinstance(spot, Range)
     assert isinstance(given, int)
-    if given >= 0 and isinstance(spot.start, int):
-        return spot.start + given, False
-    if given < 0 and same_size(spot.stop, tokens.size):
-        return given, True
-    return int(spot.stop) + given, False
+    place = spot.start + given if given >= 0 else spot.stop + given
+    behind = place - tokens.size
+    if isinstance(place, int) and (not isinstance(behind, int) or place <= -behind):
+        return place, False
+    assert isinstance(behind, int) or behind.node.expr.is_Integer
+    return int(behind), True

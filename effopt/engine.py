@@ -195,6 +195,9 @@ def check(engine: Engine) -> list[Figure]:
 
 
 def _figure(name: str, got: Array, stored: Mapping[str, Array]) -> Figure:
+    lacking = [key for key in (f"optimized.{name}", f"original.{name}") if key not in stored]
+    if lacking:
+        raise UsageError(f"the folder holds no reference {lacking[0]!r}", "write the engine again")
     want, original = stored[f"optimized.{name}"], stored[f"original.{name}"]
     tolerance = TOLERANCES.get(got.dtype.name, 0.0)
     if want.shape != got.shape or want.dtype != got.dtype:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from effopt.report_text import plain_table
 
 if TYPE_CHECKING:
-    from effopt.explain import AxisRow, Explanation
+    from effopt.explanation import AxisRow, Explanation
 
 
 def render(found: "Explanation", width: int) -> str:

@@ -1,7 +1,8 @@
 """Example inputs: read from what the user gives, or drawn from a Hugging Face config."""
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +39,13 @@ class Inputs:
         doubled = pytree.tree_map_only(Tensor, self._twice, (self.args, self.kwargs))
         return replace(self, args=doubled[0], kwargs=doubled[1], batch=2)
 
-    def dynamic_shapes(self, dims: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return torch.export's `dynamic_shapes`: which dimension of each leaf is which Dim."""
+    def dynamic_shapes(
+        self, signature: inspect.Signature, dims: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return torch.export's `dynamic_shapes`: which dimension of each leaf is which Dim.
+
+        It nests as the arguments do when `forward` takes them: TypeError where it would not.
+        """
 
         def of_leaf(leaf: Any) -> dict[int, Any] | None:
             if not isinstance(leaf, Tensor):
@@ -49,9 +55,8 @@ class Inputs:
                 found[1] = dims["length"]
             return found
 
-        args = pytree.tree_map(of_leaf, self.args)
-        kwargs = pytree.tree_map(of_leaf, self.kwargs)
-        return (*args, *kwargs.values())
+        bound = signature.bind(*self.args, **self.kwargs).arguments
+        return {name: pytree.tree_map(of_leaf, given) for name, given in bound.items()}
 
     def _twice(self, leaf: Tensor) -> Tensor:
         return torch.cat([leaf, leaf]) if self._has_batch(leaf) else leaf
@@ -61,6 +66,50 @@ class Inputs:
 
     def _has_length(self, leaf: Tensor) -> bool:
         return leaf.ndim == 2 and self._has_batch(leaf) and leaf.shape[1] == self.length
+
+
+def _explicit(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> inspect.Signature:
+    """Return a signature that names each keyword which `**kwargs` would take."""
+    signature = inspect.signature(forward)
+    known = signature.parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return signature
+    kept = [parameter for parameter in known.values() if parameter.kind != parameter.VAR_KEYWORD]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    taken = {parameter.name for parameter in kept if parameter.kind != parameter.POSITIONAL_ONLY}
+    extra = [inspect.Parameter(key, kind) for key in kwargs if key not in taken]
+    return signature.replace(parameters=[*kept, *extra])
+
+
+def parameter_names(model: nn.Module, count: int) -> list[str]:
+    """Return the names of the positional parameters of `forward`; `*xs` are `xs.0`, `xs.1`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = inspect.signature(model.forward).parameters.values()
+    names = [parameter.name for parameter in found if parameter.kind in kinds]
+    rest = [parameter.name for parameter in found if parameter.kind is parameter.VAR_POSITIONAL]
+    return names + [f"{name}.{place}" for name in rest for place in range(count - len(names))]
+
+
+@contextlib.contextmanager
+def spelled_out(model: nn.Module, inputs: Inputs) -> Iterator[inspect.Signature]:
+    """Let `forward` name the keywords that its `**kwargs` takes: torch.export cannot nest them."""
+    forward = model.forward
+    named = _explicit(forward, inputs.kwargs)
+    if named == inspect.signature(forward):
+        yield named
+        return
+
+    def spelled(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    own = vars(model).get("forward")
+    setattr(spelled, "__signature__", named)  # noqa: B010 - a function's type has no such field
+    vars(model)["forward"] = spelled
+    try:
+        yield named
+    finally:
+        del vars(model)["forward"]
+        vars(model).update({} if own is None else {"forward": own})
 
 
 def read_inputs(given: object) -> Inputs:

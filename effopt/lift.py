@@ -3,30 +3,26 @@
 import torch
 from torch.fx import Node
 
-from effopt.axes import leaves
+from effopt.axes import Size
 from effopt.edit import Edit
 from effopt.effects import Range
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
+from effopt.masks import comes_from
 from effopt.program import shape, value, where
 from effopt.sites import TokenAxis
 from effopt.state import Length, Reduction, State
 
 aten = torch.ops.aten
+LEAVE_OUT = "leave the sites ahead of it out (options first, last or sites)"
 
 
 def layout(axis: TokenAxis, node: Node) -> int | None:
     """Return the dimension of a value that is the batch, or None for one that all samples share."""
     dims = axis.tokens.axes.of(node)
-    rows = batch_dim(axis)
+    rows = axis.tokens.batch
     found = [place for place, dim in enumerate(dims) if dim == rows]
     return found[0] if found and rows else None
-
-
-def batch_dim(axis: TokenAxis) -> tuple[object, ...]:
-    """Return the identity of the batch: the first dimension of the attention's queries."""
-    first = axis.sites[0]
-    return leaves(axis.tokens.axes.of(first.node)[first.places[0]])
 
 
 def lengths_of(edit: Edit, x: Node, place: int) -> Length:
@@ -52,6 +48,8 @@ class Lift:
     def __init__(self, edit: Edit, state: State) -> None:
         self.edit = edit
         self.state = state
+        self.made: dict[tuple[Node, int, int, int], Node] = {}
+        self.places: dict[tuple[int, int], Node] = {}
 
     def __call__(self, node: Node, reader: Node, epoch: int) -> Node:
         """Return a value at an epoch; new nodes go where the edit inserts."""
@@ -61,13 +59,13 @@ class Lift:
         spots = self.state.axis.tokens.on(node)
         if self._protected(spots):
             return self.state.at(node, known)
-        shared = layout(self.state.axis, node) is None
-        made = self.state.at(node, known)
-        for step in range(known, epoch):
-            made = self._step(made, node, reader, step, shared and step == known)
-        if not shared:
+        if self._is_averaged(node, reader):
+            made = self.state.at(node, known)
+            for step in range(known, epoch):
+                made = self._averaged(made, node, reader, self.state.reductions[step])
             self.state.keep(node, epoch, made)
-        return made
+            return made
+        return self._gathered(node, reader, known, epoch)
 
     def part_of(self, whole: Node, spot: Range) -> Node:
         """Cut a [B, K] value (sizes, places) to the tokens of a range."""
@@ -82,27 +80,82 @@ class Lift:
         axis = self.state.axis
         return all(isinstance(s, Range) and not covers(s, axis) for s in spots.values())
 
-    def _step(self, made: Node, node: Node, reader: Node, step: int, shared: bool) -> Node:
-        reduction = self.state.reductions[step]
-        axis = self.state.axis
+    def _is_averaged(self, node: Node, reader: Node) -> bool:
+        """Tell whether merging averages a value: the residual stream, or weights in the head.
+
+        What an attention call still reads (positions, types) is taken at the token that stays.
+        """
         if self._is_residual(node):
-            places = axis.sites[0].places
+            return True
+        merging = self.state.sizes[self.state.latest(node) + 1] is not None
+        if not merging or reader in self.state.feeds_attention:
+            return False
+        if bool(value(node).is_floating_point()):
+            return True
+        if self.state.padding is None or not comes_from(node, self.state.padding):
+            reason = f"{node.name} marks tokens one by one, and merged ones have no mark"
+            raise PreconditionError(where(reader), reason, LEAVE_OUT)
+        return False
+
+    def _averaged(self, made: Node, node: Node, reader: Node, done: Reduction) -> Node:
+        """Average a value over the groups of a reduction, weighted by size."""
+        places, rank = self.state.axis.stream.places, len(shape(made))
+        if self._is_residual(node):
             rows = to_rows(self.edit, made, places)
-            return to_stream(self.edit, reduction.combine(self.edit, rows), places)
-        spots = axis.tokens.on(node)
+            return to_stream(self.edit, done.combine(self.edit, rows), places)
+        spots = list(self.state.axis.tokens.on(node).items())
+        batch = layout(self.state.axis, node)
+        place, spot = spots[0]
+        plain = isinstance(spot, Range) and spot.pure and edges(spot, self.state.axis) == (0, None)
+        if len(spots) > 1 or not plain or place != rank - 2 + (rank == 2) or batch not in (0, None):
+            reason = f"{node.name} weighs tokens in a layout that has no merged form"
+            raise PreconditionError(where(reader), reason, LEAVE_OUT)
+        if batch is None:
+            made = self._spread(made, rank, done)
+        flat = made if len(shape(made)) == 3 else self.edit.call(aten.unsqueeze.default, made, 2)
+        merged = done.combine(self.edit, flat)
+        return merged if flat is made else self.edit.call(aten.squeeze.dim, merged, 2)
+
+    def _spread(self, made: Node, rank: int, done: Reduction) -> Node:
+        """Give [N, C] or [1, N, C] that all samples share a row for each of them."""
+        if rank == 2:
+            made = self.edit.call(aten.unsqueeze.default, made, 0)
+        rows = lengths_of(self.edit, done.kept, 0)
+        return self.edit.call(aten.expand.default, made, [rows, -1, -1])
+
+    def _gathered(self, node: Node, reader: Node, known: int, epoch: int) -> Node:
+        """Take a value at the tokens that stand for those of an epoch."""
+        axis, spots = self.state.axis, self.state.axis.tokens.on(node)
         batch, shift = layout(axis, node), 0
+        shared = batch is None
         if batch is None:
             batch, shift = self._batch_place(node, reader)
-        if shared:
+        key = (node, epoch, batch, shift)
+        if key not in self.made:
+            made = self.state.at(node, known)
             for _ in range(shift):
                 made = self.edit.call(aten.unsqueeze.default, made, 0)
-        for place, spot in spots.items():
-            made = self._gather(made, place + shift, batch, spot, reduction, reader)
-        return made
+            index = self._places(known, epoch)
+            for place, spot in spots.items():
+                made = self._gather(made, place + shift, batch, spot, index, reader)
+            self.made[key] = made
+            if not shared:
+                self.state.keep(node, epoch, made)
+        return self.made[key]
+
+    def _places(self, known: int, epoch: int) -> Node:
+        """Compose the places of the tokens kept since an epoch: [B, K], counted in its tokens."""
+        if (known, epoch) not in self.places:
+            last = self.state.reductions[epoch - 1].kept
+            if epoch > known + 1:
+                before = self._places(known, epoch - 1)
+                last = self.edit.call(kernel("gather_tokens").op, before, last, 1)
+            self.places[known, epoch] = last
+        return self.places[known, epoch]
 
     def _is_residual(self, node: Node) -> bool:
         """Tell whether a value has the dims of the residual stream: then it is averaged."""
-        site = self.state.axis.sites[0]
+        site = self.state.axis.stream
         dims, own = (self.state.axis.tokens.axes.of(n) for n in (node, site.node))
         return dims == own and bool(value(node).is_floating_point())
 
@@ -111,18 +164,18 @@ class Lift:
         target = layout(self.state.axis, reader)
         if target is None:
             reason = f"{node.name} is read where no dimension is the batch"
-            raise PreconditionError(where(reader), reason, "leave the sites ahead of it out")
+            raise PreconditionError(where(reader), reason, LEAVE_OUT)
         missing = len(shape(reader)) - len(shape(node))
         pad = max(missing - target, 0)
         return target - missing + pad, pad
 
     def _gather(
-        self, made: Node, place: int, rows: int, spot: Range | str, done: Reduction, reader: Node
+        self, made: Node, place: int, rows: int, spot: Range | str, index: Node, reader: Node
     ) -> Node:
         if not isinstance(spot, Range) or not spot.pure:
             reason = "the tokens share a dimension with another axis in a value it reads"
-            raise PreconditionError(where(reader), reason, "leave the sites ahead of it out")
-        index = self.part_of(done.kept, spot)
+            raise PreconditionError(where(reader), reason, LEAVE_OUT)
+        index = self.part_of(index, spot)
         start, _ = edges(spot, self.state.axis)
         if start:
             index = self.edit.call(aten.sub.Tensor, index, start)
@@ -143,8 +196,8 @@ def covers(spot: Range, axis: TokenAxis) -> bool:
     """Tell whether a range holds the tokens that can be removed."""
     if isinstance(spot.stop, int) and spot.stop <= axis.prefix:
         return False
-    behind = axis.size - spot.start
-    return not (isinstance(behind, int) and behind <= axis.suffix)
+    behind = fixed_int(axis.size - spot.start)
+    return behind is None or behind > axis.suffix
 
 
 def edges(spot: Range, axis: TokenAxis) -> tuple[int, int | None]:
@@ -152,8 +205,15 @@ def edges(spot: Range, axis: TokenAxis) -> tuple[int, int | None]:
 
     The start counts from the front; the stop is None or negative, from the end.
     """
-    start = spot.start
-    behind = axis.size - spot.stop
-    fixed = behind if isinstance(behind, int) else int(behind.node.expr)
-    assert isinstance(start, int)
-    return start, None if fixed == 0 else -fixed
+    start, behind = fixed_int(spot.start), fixed_int(axis.size - spot.stop)
+    if start is None or behind is None:
+        reason = f"a range of {axis.name} has ends that depend on the length"
+        raise PreconditionError(axis.name, reason, "leave 'length' out of dynamic")
+    return start, None if behind == 0 else -behind
+
+
+def fixed_int(size: Size) -> int | None:
+    """Return a size that is the same for every input, None for another."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_Integer else None

@@ -13,12 +13,12 @@ from torch.fx import Node
 from torch.fx.node import Argument, map_arg
 
 from effopt.attention import mask_of, qkv_of, scale_of, with_mask
-from effopt.axis_rules import tensors
+from effopt.axis_rules import dims_arg, tensors
 from effopt.edit import Edit
 from effopt.effects import Kind, Range
-from effopt.errors import PreconditionError
-from effopt.lift import Lift, layout, lengths_of, to_rows, to_stream
-from effopt.masks import find_padding
+from effopt.errors import PreconditionError, VerificationError
+from effopt.lift import LEAVE_OUT, Lift, covers, layout, lengths_of, to_rows, to_stream
+from effopt.masks import comes_from, find_padding
 from effopt.mend_rules import SIZES, pick_args, pool, slice_args
 from effopt.program import shape, value, where
 from effopt.restore import restore
@@ -38,8 +38,16 @@ def reduce_tokens(edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer])
     """
     walk = _Walk(edit, axis, reducers)
     for node in list(edit.graph.nodes):
-        walk.visit(node)
+        try:
+            walk.visit(node)
+        except VerificationError as error:
+            raise PreconditionError(where(node), f"cannot be mended: {error}", LEAVE_OUT) from error
     return walk.state.reductions
+
+
+EXTREMES = (aten.amax.default, aten.amin.default)
+MASKING = (aten.mul.Tensor, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
+"""Operators that hide padding ahead of a sum, where one of their operands is the mask."""
 
 
 class _Walk:
@@ -66,7 +74,7 @@ class _Walk:
         kind = self.axis.effects[node].kind
         if kind is Kind.ORDER:
             reason = self.axis.effects[node].reason
-            raise PreconditionError(where(node), reason, "leave the sites ahead of it out")
+            raise PreconditionError(where(node), reason, LEAVE_OUT)
         if kind is Kind.EMIT:
             self._emit(node)
             return
@@ -134,16 +142,36 @@ class _Walk:
 
     def _pool(self, node: Node, epoch: int) -> None:
         source = tensors(node)[0]
+        place = dims_arg(node, 1)[0]
+        spot = self.axis.tokens.on(source)[place]
+        assert isinstance(spot, Range)
         x = self.lift(source, node, epoch)
         size = self.state.sizes[epoch]
-        if size is None or node.target is aten.amax.default:
+        plain = node.target in EXTREMES or not covers(spot, self.axis)
+        if not plain and (reason := self._uncountable(node, size)):
+            raise PreconditionError(where(node), reason, LEAVE_OUT)
+        if plain or size is None:
             self.edit.update(node, x, *node.args[1:], **node.kwargs)
             return
-        place, spot = next(iter(self.axis.tokens.on(source).items()))
-        assert isinstance(spot, Range)
         rows = layout(self.axis, source)
+        if rows is None:
+            reason = "it pools tokens where no dimension is the batch alone"
+            raise PreconditionError(where(node), reason, LEAVE_OUT)
         weights = self.lift.part_of(size, spot)
         self.edit.replace(node, pool(self.edit, node, x, weights, place, rows))
+
+    def _uncountable(self, node: Node, size: Node | None) -> str:
+        """Say why a mean or a sum over the tokens that are left is not that over all, or ""."""
+        total = node.target is aten.sum.dim_IntList
+        if size is None:
+            return "a sum over tokens loses those that were dropped" if total else ""
+        padding = self.state.padding
+        if padding is None:
+            return ""
+        summand = tensors(node)[0]
+        factors = self.state.operands(summand) if summand.target in MASKING else []
+        hidden = any(comes_from(factor, padding) for factor in factors)
+        return "" if total and hidden else "a mean over tokens counts padding, which has no size"
 
     def _pick(self, node: Node, epoch: int) -> None:
         x = self.lift(tensors(node)[0], node, epoch)

@@ -12,8 +12,9 @@ from effopt.axes import same_size
 from effopt.axis_rules import dim_arg, first, slice_range
 from effopt.edit import Edit
 from effopt.effects import Range
-from effopt.lift import covers
-from effopt.program import shape
+from effopt.errors import PreconditionError
+from effopt.lift import covers, fixed_int
+from effopt.program import shape, value
 from effopt.sites import TokenAxis
 from effopt.state import Length, State
 
@@ -70,8 +71,10 @@ def length_of(edit: Edit, state: State, spot: Range, epoch: int) -> Length:
     axis, now = state.axis, state.lengths[epoch]
     if not covers(spot, axis):
         return int(spot.stop - spot.start)
-    outside = axis.size - (spot.stop - spot.start)
-    fixed = outside if isinstance(outside, int) else int(outside.node.expr)
+    fixed = fixed_int(axis.size - (spot.stop - spot.start))
+    if fixed is None:
+        reason = f"a range of {axis.name} has a length of its own"
+        raise PreconditionError(axis.name, reason, "leave 'length' out of dynamic")
     if isinstance(now, int):
         return now - fixed
     return edit.call(operator.sub, now, fixed) if fixed else now
@@ -84,7 +87,8 @@ def size_node(edit: Edit, size: Any) -> Node:
         for place, own in enumerate(sizes):
             if not isinstance(own, int) and same_size(own, size):
                 return edit.call(aten.sym_size.int, node, place)
-    raise AssertionError(f"{size} is no size of an input")
+    reason = f"the size {size} is computed by the model, and no input has it"
+    raise PreconditionError("model", reason, "leave the sites ahead of it out")
 
 
 SIZES: dict[Any, SizeRule] = {
@@ -121,24 +125,31 @@ def _edge(edge: Any, spot: Range, axis: TokenAxis) -> int:
     """Count an edge from the front where that is protected, else from the end (negative or 0)."""
     if isinstance(edge, int) and edge <= axis.prefix:
         return int(edge - spot.start)
-    behind = spot.stop - edge
-    return -int(behind if isinstance(behind, int) else behind.node.expr)
+    behind = fixed_int(spot.stop - edge)
+    if behind is None:
+        reason = f"a slice of {axis.name} ends at a place that depends on the length"
+        raise PreconditionError(axis.name, reason, "leave 'length' out of dynamic")
+    return -behind
 
 
-def pool(edit: Edit, node: Node, x: Node, weights: Node, place: int, rows: int | None) -> Node:
+def pool(edit: Edit, node: Node, x: Node, weights: Node, place: int, rows: int) -> Node:
     """Average or sum over tokens weighted by size: Σ s x / Σ s, the mean over the originals."""
     rank = len(shape(x))
-    assert rows is not None
     ahead, behind = sorted((rows, place))
     wide = weights if rows < place else edit.call(aten.transpose.int, weights, 0, 1)
     for spot in range(rank):
         if spot not in (ahead, behind):
             wide = edit.call(aten.unsqueeze.default, wide, spot)
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
+    keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
     product = edit.call(aten.mul.Tensor, x, wide)
-    total = edit.call(aten.sum.dim_IntList, product, [place], keep)
-    if node.target is aten.sum.dim_IntList:
-        return total
-    count = edit.call(aten.sum.dim_IntList, wide, [place], keep)
-    floor = edit.call(aten.clamp_min.default, count, 1e-6)
-    return edit.call(aten.div.Tensor, total, floor)
+    pooled = edit.call(aten.sum.dim_IntList, product, [place], keep)
+    if node.target is not aten.sum.dim_IntList:
+        count = edit.call(aten.sum.dim_IntList, wide, [place], keep)
+        floor = edit.call(aten.clamp_min.default, count, 1e-6)
+        pooled = edit.call(aten.div.Tensor, pooled, floor)
+    dtype = value(node).dtype
+    if value(pooled).dtype == dtype:
+        return pooled
+    if not dtype.is_floating_point:
+        pooled = edit.call(aten.round.default, pooled)
+    return edit.call(aten.to.dtype, pooled, dtype)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -138,9 +139,10 @@ def optimize(
 
 
 def named(program: Program, outputs: Sequence[Tensor]) -> dict[str, Any]:
-    """Return outputs as numpy arrays by name."""
+    """Return outputs as numpy arrays by name; bfloat16, which numpy lacks, as float32."""
     specs = program.signature.outputs
-    return {spec.name: out.numpy() for spec, out in zip(specs, outputs, strict=True)}
+    known = (out.float() if out.dtype == torch.bfloat16 else out for out in outputs)
+    return {s.name: out.detach().numpy() for s, out in zip(specs, known, strict=True)}
 
 
 def _notes(lossy: bool, records: Sequence[Any]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Any, ClassVar, Protocol, get_origin, get_type_hints
+from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
 from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.program import Program
@@ -85,16 +85,24 @@ def make_pass(item: Item) -> Pass:
 
 
 def _check_type(name: str, key: str, value: Value, hint: Any) -> None:
-    kinds = hint.__args__ if isinstance(hint, UnionType) else (hint,)
-    plain = tuple(get_origin(kind) or kind for kind in kinds)
-    if bool not in plain and isinstance(value, bool):
-        plain = ()
-    if not isinstance(value, (*plain, *((int,) if float in plain else ()))):
+    if not _fits(value, hint):
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         wanted = " or ".join(str(kind) if get_origin(kind) else kind.__name__ for kind in kinds)
         raise UsageError(
             f"option {key!r} of {name} is {show(value)!r}, not of type {wanted}",
             f"see `effopt passes` for the options of {name}",
         )
+
+
+def _fits(value: Value, hint: Any) -> bool:
+    """Tell whether an option's value is of a type, its elements too; a bool is no number."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def spec_of(step: Pass) -> str:
@@ -138,17 +146,14 @@ def _run_step(step: Step, program: Program) -> tuple[Program, StepRecord]:
     start = time.perf_counter()
     before = _nodes(program)
     refusals = step.run.check(program)
-    if refusals and not step.optional:
-        raise refusals[0]
     outcome, after = Outcome(False), program
     if not refusals:
-        after = program.fork()
-        outcome = step.run.run(after)
-        if outcome.changed:
-            after.history = (*program.history, spec_of(step.run))
-            verify(after, step.run.name)
-        else:
-            after = program
+        try:
+            outcome, after = _on_fork(step.run, program)
+        except PreconditionError as refusal:  # found while rewriting: the fork is dropped
+            refusals = [refusal]
+    if refusals and not step.optional:
+        raise refusals[0]
     return after, StepRecord(
         spec=spec_of(step.run),
         changed=outcome.changed,
@@ -159,6 +164,17 @@ def _run_step(step: Step, program: Program) -> tuple[Program, StepRecord]:
         seconds=time.perf_counter() - start,
         facts=dict(outcome.facts),
     )
+
+
+def _on_fork(step: Pass, program: Program) -> tuple[Outcome, Program]:
+    """Run a pass on a fork and verify it; return the program itself if nothing changed."""
+    fork = program.fork()
+    outcome = step.run(fork)
+    if not outcome.changed:
+        return outcome, program
+    fork.history = (*program.history, spec_of(step))
+    verify(fork, step.name)
+    return outcome, fork
 
 
 def _nodes(program: Program) -> int:

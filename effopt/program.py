@@ -31,7 +31,8 @@ class Program:
 
     `samples` are example inputs (flat, as captured); `dynamic` maps the name of each symbol of
     the graph to the name that the signature uses for it (`{"s77": "batch"}`), `ranges` gives
-    the sizes that a name stands for. `history` holds the specs of the passes that changed it.
+    the sizes that a name stands for. `history` holds the specs of the passes that changed it,
+    `constants` the name and value of each leaf of the inputs that is no tensor, by its place.
     """
 
     module: GraphModule
@@ -43,6 +44,7 @@ class Program:
     dynamic: dict[str, str] = field(default_factory=dict)
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
     history: tuple[str, ...] = ()
+    constants: dict[int, tuple[str, Any]] = field(default_factory=dict)
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,12 +62,30 @@ class Program:
         if len(known) == len(kwargs):
             leaves, spec = pytree.tree_flatten((args, known))
             if spec == self.in_spec:
+                self._check_leaves(leaves)
                 return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         names = ", ".join(item.name for item in self.signature.inputs)
         raise UsageError(
             f"the inputs do not nest as at capture (inputs: {names})",
             "pass the same positional and keyword arguments as the example inputs",
         )
+
+    def _check_leaves(self, leaves: list[Any]) -> None:
+        """Refuse another value than at capture where the graph holds the value."""
+        names = iter(item.name for item in self.signature.inputs)
+        for place, leaf in enumerate(leaves):
+            if place not in self.constants:
+                name = next(names)
+                if not isinstance(leaf, Tensor):
+                    kind = type(leaf).__name__
+                    raise UsageError(f"input {name!r} is a {kind}", "pass a tensor, as at capture")
+                continue
+            name, fixed = self.constants[place]
+            if type(leaf) is not type(fixed) or leaf != fixed:
+                raise UsageError(
+                    f"{name} was {fixed!r} at capture, which the graph holds",
+                    f"pass {name}={fixed!r}, or capture the model again with the other value",
+                )
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the graph in eager torch on flat inputs."""
@@ -119,6 +139,10 @@ class Program:
         tensors = {id(t): t for n in self.nodes() if n.op == "get_attr" for t in [self.weight(n)]}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
+    def name_of(self, size: Any) -> Any:
+        """Return the signature's name of a symbolic size, or its expression as text."""
+        return self.dynamic.get(str(size), str(size))
+
     def text(self) -> str:
         """Write the graph as text, a line a node: `add[s77, 5, 8] = add(x, @bias)`."""
         return "\n".join(_line(node) for node in self.nodes() if node.op != "get_attr")
@@ -151,6 +175,7 @@ def source_line(node: Node) -> str:
     """Return `file:line` of the model's code that made the node, or ""."""
     lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
     places = [line.strip() for line in lines if line.strip().startswith("File ")]
+    places = [place for place in places if not place.startswith('File "<')]  # made at run time
     if not places:
         return ""
     parts = places[-1].split(", ")

@@ -45,5 +45,10 @@ def _as_pass(step: Any) -> Pass:
     if not (hasattr(step, "run") and hasattr(step, "check")):
         reason = f"a recipe's list holds a {type(step).__name__}, which is no pass"
         raise UsageError(reason, "list passes, such as MergeTokens(r=8)")
+    if isinstance(step, type):
+        reason = (
+            f"a recipe's list holds the class {step.__name__}, not a pass made with its options"
+        )
+        raise UsageError(reason, f"write {step.__name__}(...), such as MergeTokens(r=8)")
     found: Pass = step
     return found

@@ -13,7 +13,7 @@ from effopt.program import where
 from effopt.state import State
 
 aten = torch.ops.aten
-REMEDY = "prune with fuse=true or merge, whose tokens can be copied back"
+REMEDY = "merge or fuse the tokens in place of dropping them: then they are copied back"
 
 
 def restore(edit: Edit, state: State, out: Node) -> Node:
@@ -25,6 +25,9 @@ def restore(edit: Edit, state: State, out: Node) -> Node:
     """
     epoch = state.latest(out)
     spots = state.axis.tokens.on(out)
+    if any(not isinstance(spot, Range) or not spot.pure for spot in spots.values()):
+        reason = "it returns the tokens mixed with another axis"
+        raise PreconditionError(where(out), reason, "return [batch, tokens, channels]")
     if not any(isinstance(spot, Range) and covers(spot, state.axis) for spot in spots.values()):
         return state.at(out, epoch)
     if all(reduction.group for reduction in state.reductions[:epoch]):
@@ -62,9 +65,10 @@ def group_map(edit: Edit, state: State, epoch: int) -> Node:
 def _frozen(edit: Edit, state: State, out: Node, epoch: int) -> Node:
     """Put the dropped tokens back on the residual stream and run what follows on all of them."""
     chain = _chain(state, out)
-    site = state.axis.sites[0]
+    site = state.axis.stream
     tail = _targets(_path(state, site.node, site.join))
-    if [node.target for node in chain[1 : 1 + len(tail)]] != tail:
+    matches = [node.target for node in chain[1 : 1 + len(tail)]] == tail
+    if not matches or chain[0] not in _sums(state, tail):
         reason = "it is not a residual value or a function of one, token by token"
         raise PreconditionError(where(out), reason, REMEDY)
     point = chain[len(tail)]
@@ -88,6 +92,39 @@ def _chain(state: State, out: Node) -> list[Node]:
         if len(carried) != 1 or effect is None or effect.kind is not Kind.MAP:
             return chain
         chain.insert(0, carried[0])
+
+
+def _sums(state: State, tail: list[object]) -> set[Node]:
+    """Find the sums x + f(x) on the residual stream from the sites on."""
+    sites = state.axis.usable()
+    sums = {site.join for site in sites if site.join.target is aten.add.Tensor}
+    stream = {site.node for site in sites}
+    for node in state.axis.effects:
+        if node.target is not aten.add.Tensor:
+            continue
+        own = [arg for arg in state.operands(node) if arg in stream]
+        branch = [arg for arg in state.operands(node) if arg not in stream]
+        if len(own) != 1 or len(branch) != 1 or not _is_branch(state, branch[0], own[0], stream):
+            continue
+        sums.add(node)
+        for target in tail:
+            node = next((user for user in node.users if user.target is target), node)
+        stream.add(node)
+    return sums
+
+
+def _is_branch(state: State, branch: Node, source: Node, stream: set[Node]) -> bool:
+    """Tell whether a value is computed from one value of the residual stream alone."""
+    todo = [branch]
+    while todo:
+        node = todo.pop()
+        if node is source:
+            continue
+        carried = [arg for arg in state.operands(node) if state.carries(arg)]
+        if node in stream or not carried:
+            return False
+        todo += carried
+    return True
 
 
 def _path(state: State, node: Node, join: Node) -> list[Node]:

@@ -52,6 +52,11 @@ class TokenAxis:
         """The number of tokens."""
         return self.tokens.size
 
+    @property
+    def stream(self) -> Site:
+        """A usable site: its value has the dims and the layout of the residual stream."""
+        return self.usable()[0]
+
     def usable(self) -> tuple[Site, ...]:
         """Return the sites where tokens may be removed."""
         return tuple(site for site in self.sites if site.refusal is None)
@@ -74,8 +79,9 @@ def find_tokens(program: Program) -> tuple[TokenAxis, ...]:
     for dim, attention in calls.items():
         size = shape(tensors(attention[0])[0])[-2]
         name = f"{_common_path(attention)}.tokens" if several else "tokens"
+        batch = leaves(axes.of(tensors(attention[0])[0])[0])
         own = {call: blocks[call] for call in attention}
-        found.append(_token_axis(program, name, Tokens(dim, size, axes), own))
+        found.append(_token_axis(program, name, Tokens(dim, size, axes, batch), own))
     return tuple(found)
 
 

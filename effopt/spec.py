@@ -5,6 +5,7 @@ item   = name [ "{" option ("," option)* "}" ]
 option = key "=" value;  value = int | float | true | false | word | "[" value ("," value)* "]"
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,10 @@ class _Reader:
         token = self.next()
         if token in "{}],=":
             raise self.error("expected a value")
-        return _scalar(token)
+        found = _scalar(token)
+        if isinstance(found, float) and not math.isfinite(found):
+            raise self.error(f"{token} is no finite number,")
+        return found
 
     def error(self, why: str = "cannot be read") -> UsageError:
         return UsageError(f"spec {self.text!r}: {why} at character {self.place}", _REMEDY)

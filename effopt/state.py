@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from effopt.axes import Size
 from effopt.edit import Edit
+from effopt.effects import Kind
 from effopt.program import is_tensor
 from effopt.sites import TokenAxis
 
@@ -76,8 +77,11 @@ class State:
     originals: dict[Node, tuple[Any, Any]] = field(default_factory=dict)
     log_sizes: dict[int, Node] = field(default_factory=dict)
 
+    feeds_attention: set[Node] = field(default_factory=set)
+
     def __post_init__(self) -> None:
         self.lengths = [self.axis.size]
+        self.feeds_attention = feeding(self.axis)
 
     def carries(self, node: Node) -> bool:
         """Tell whether a value of the program carries tokens of the axis."""
@@ -126,3 +130,15 @@ class State:
         self.reductions.append(reduction)
         self.sizes.append(reduction.size)
         self.lengths.append(length)
+
+
+def feeding(axis: TokenAxis) -> set[Node]:
+    """Return all that an attention call over the axis depends on, and the calls themselves."""
+    todo = [node for node, found in axis.effects.items() if found.kind is Kind.ATTEND]
+    found = set[Node]()
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found

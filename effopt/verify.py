@@ -10,7 +10,7 @@ from torch.fx import Node
 from effopt.axes import find_axes, same_size
 from effopt.edit import infer
 from effopt.errors import VerificationError
-from effopt.program import Program, where
+from effopt.program import Program, value, where
 
 SIZE_OPERATORS = (
     *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.getitem),
@@ -28,18 +28,38 @@ def verify(program: Program, by: str) -> None:
     was fixed, every operator is allowed, and no tensor mixes tokens from before and after a
     reduction.
     """
-    program.module.graph.lint()
+    try:
+        program.module.graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"after {by}: {error}", REPORT) from error
     for node in program.nodes():
         for rule in RULES:
             if reason := rule(node, program):
-                raise VerificationError(
-                    f"after {by}: {where(node)}: {reason}",
-                    "this is a defect of the pass: report it",
-                )
-    unknown = program.get(find_axes).unknown
-    for node, reason in unknown.items():
-        if "before and after a reduction" in reason:
-            raise VerificationError(f"after {by}: {where(node)}: {reason}")
+                raise VerificationError(f"after {by}: {where(node)}: {reason}", REPORT)
+    if reason := _outputs_differ(program):
+        raise VerificationError(f"after {by}: {reason}", REPORT)
+    for node, reason in program.get(find_axes).mixed.items():
+        raise VerificationError(f"after {by}: {where(node)}: {reason}", REPORT)
+
+
+REPORT = "this is a defect of the pass: please report it"
+
+
+def _outputs_differ(program: Program) -> str:
+    """Say which output no longer has the shape or dtype that the signature promises."""
+    (outputs,) = program.output().args
+    assert isinstance(outputs, (tuple, list))
+    for spec, node in zip(program.signature.outputs, outputs, strict=True):
+        assert isinstance(node, Node)
+        val = value(node)
+        shape = tuple(s if isinstance(s, int) else program.name_of(s) for s in val.shape)
+        dtype = str(val.dtype).removeprefix("torch.")
+        if (shape, dtype) != (spec.shape, spec.dtype):
+            return (
+                f"output {spec.name!r} is {dtype} {list(shape)}, "
+                f"not {spec.dtype} {list(spec.shape)}"
+            )
+    return ""
 
 
 def _operator_allowed(node: Node, program: Program) -> str:

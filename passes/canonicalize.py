@@ -1,6 +1,7 @@
 """canonicalize: one form for each thing: functional operators, no identities, no repeats."""
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,15 +17,17 @@ from effopt.program import Program, is_tensor, shape, value, where
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-ALIASES = (
+COMPOSITE_VIEWS = (
     *VIEWS,
-    *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.select.int),
-    *(aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.unflatten.int, aten.flatten.using_ints, aten.detach.default, aten.alias.default),
-    *(aten.unbind.int, aten.split.Tensor, aten.chunk.default, aten.contiguous.default),
+    *(aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.narrow.default),
     *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.dropout.default),
+    *(aten.chunk.default, aten.type_as.default, aten.movedim.int, aten.movedim.intlist),
+    *(aten.view_as.default, aten.reshape_as.default, aten.expand_as.default),
+    *(aten.swapaxes.default, aten.swapdims.default, aten.ravel.default, aten.numpy_T.default),
+    *(aten.tensor_split.sections, aten.hsplit.int, aten.vsplit.int, aten.dsplit.int),
+    *(aten.feature_dropout.default, aten.squeeze.default, aten.atleast_2d.default),
 )
-"""Operators whose result can share memory with their argument."""
+"""Operators that may return their argument's memory though their schema does not say so."""
 
 
 @dataclass(frozen=True)
@@ -146,28 +149,55 @@ def functional_twin(node: Node) -> OpOverload | None:
     target = node.target
     if not isinstance(target, OpOverload) or not target._schema.is_mutable:
         return None
-    packet = getattr(aten, target._schema.name.split("::")[1].removesuffix("_"), None)
+    space, _, name = target._schema.name.partition("::")
+    packet = getattr(aten, name.removesuffix("_"), None) if space == "aten" else None
     twin = getattr(packet, target._overloadname, None)
     return twin if isinstance(twin, OpOverload) and not twin._schema.is_mutable else None
 
 
 def _why_not_functional(node: Node, order: dict[Node, int]) -> PreconditionError | None:
+    """Refuse an in-place operator unless nothing else can see the memory that it changes."""
     target = node.target
     if not isinstance(target, OpOverload) or not target._schema.is_mutable:
         return None
     remedy = "write the model without the in-place operator"
-    if functional_twin(node) is None:
-        return PreconditionError(where(node), f"{target} has no functional form", remedy)
     changed = node.args[0]
-    assert isinstance(changed, Node)
-    if changed.op != "call_function" or changed.target in ALIASES:
+    if functional_twin(node) is None or not isinstance(changed, Node):
+        return PreconditionError(where(node), f"{target} has no functional form", remedy)
+    if changed.op != "call_function" or may_alias(changed):
         reason = f"{target} writes into {changed.name}, which other values may share"
         return PreconditionError(where(node), reason, remedy)
-    views = [user for user in changed.users if user.target in ALIASES]
-    if any(order[reader] > order[node] for view in views for reader in view.users):
+    if any(order[reader] > order[node] for reader in _readers_of_views(changed)):
         reason = f"{target} writes into {changed.name}, of which a view is read afterwards"
         return PreconditionError(where(node), reason, remedy)
     return None
+
+
+def may_alias(node: Node) -> bool:
+    """Tell whether the result of a node can share memory with an argument.
+
+    The schema of an operator says so; composite operators, whose schema does not, are listed.
+    """
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return may_alias(node.args[0])
+    if not isinstance(node.target, OpOverload):
+        return True
+    if functional_twin(node) is not None:
+        return False  # it is made functional first
+    views = any(result.alias_info is not None for result in node.target._schema.returns)
+    return views or node.target in COMPOSITE_VIEWS
+
+
+def _readers_of_views(node: Node) -> Iterator[Node]:
+    """Iterate over what reads a view of a value, or a view of a view."""
+    todo, seen = [user for user in node.users if may_alias(user)], set[Node]()
+    while todo:
+        view = todo.pop()
+        if view in seen:
+            continue
+        seen.add(view)
+        yield from view.users
+        todo += [user for user in view.users if may_alias(user)]
 
 
 def _share(edit: Edit) -> None:

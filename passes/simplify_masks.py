@@ -17,17 +17,19 @@ from effopt.attention import SDPA, mask_of, qkv_of, with_mask
 from effopt.axes import same_size
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
+from effopt.masks import LOW
 from effopt.pipeline import Outcome
 from effopt.program import Program, is_tensor, shape, value
 
 aten = torch.ops.aten
-LOW = -1e4
-"""A mask value at or below this (as in half precision's -65504) is meant as minus infinity."""
 
 
 @dataclass(frozen=True)
 class SimplifyMasks:
-    """Drop masks that are always true; bring padding masks to boolean [B, 1, 1, N]. Exact."""
+    """Drop masks that are always true; bring padding masks to boolean [B, 1, 1, N]. Exact.
+
+    A row that may attend to nothing has no answer, and may get another one than before.
+    """
 
     name: ClassVar[str] = "simplify-masks"
     exact: ClassVar[bool] = True
@@ -76,12 +78,16 @@ def _fact(node: Node, known: dict[Node, Fact], program: Program) -> Fact | None:
         return CREATED[node.target](node)
     if node.target in COMPARED and source in known:
         return COMPARED[node.target](known[source], node.args[1])  # type: ignore[index]
-    if node.target in BOTH and all(arg in known for arg in node.args):
+    if node.target in BOTH and all(arg in known and _is_bool(arg) for arg in node.args):
         low, high = (BOTH[node.target](*pair) for pair in _corners(node, known))
         return Fact(low, high)
     if node.target in MOVED and source in known:
         return known[source]  # type: ignore[index]
     return None
+
+
+def _is_bool(node: Any) -> bool:
+    return bool(value(node).dtype == torch.bool)
 
 
 def _corners(node: Node, known: dict[Node, Fact]) -> tuple[tuple[float, float], ...]:
@@ -121,7 +127,7 @@ def _compared(least: Callable[[Fact, float], bool], never: Callable[[Fact, float
 def _simplify(edit: Edit, node: Node, known: dict[Node, Fact]) -> None:
     """Apply the rules of boolean algebra, and read an index by all places as the identity."""
     if node.target in (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
-        pair = [arg for arg in node.args[:2] if isinstance(arg, Node)]
+        pair = [arg for arg in node.args[:2] if isinstance(arg, Node) and _is_bool(arg)]
         for one, other in (pair, pair[::-1]) if len(pair) == 2 else ():
             if one in known and known[one].always(1):
                 edit.replace(node, _spread(edit, other, one, node))
@@ -235,6 +241,8 @@ def _as_condition(edit: Edit, mask: Node) -> Node | None:
     if condition is None:
         return None
     for view in reversed(views):
+        if view.target in CASTS:
+            continue  # a condition has no precision; cast, it would be added as 1 and 0
         with edit.before(view):
             condition = edit.call(view.target, condition, *view.args[1:], **view.kwargs)  # type: ignore[arg-type]
     return condition
@@ -300,9 +308,10 @@ BOTH: dict[Any, Callable[[float, float], float]] = {
     aten.logical_and.default: min,
     aten.logical_or.default: max,
 }
+CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
 MOVED = (
     *(aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.expand.default),
     *(aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.slice.Tensor),
-    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout),
+    *CASTS,
 )
 """Changes of shape or type that leave the elements of a mask what they are."""
