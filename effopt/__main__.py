@@ -5,8 +5,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TextIO
 
 from effopt.cli import read, run
@@ -36,11 +36,20 @@ def main(words: Sequence[str] | None = None) -> int:
 def _answer(words: Sequence[str], debug: bool) -> Answer:
     """Read and run; whatever is printed meanwhile goes to stderr, as stdout is for the answer."""
     arguments = read(words)
-    if not debug:
-        logging.disable(logging.WARNING)
-        warnings.simplefilter("ignore")
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), nullcontext() if debug else _quiet():
         return run(arguments)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide warnings, and leave the process as it was: `main` may be called from a program."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _print(answer: Answer, as_json: bool, stream: TextIO) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from effopt import axis_parts as parts
 from effopt import axis_rules as rules
 from effopt.axes import AxisError, AxisMap, MixedError, fresh, fresh_dims
 from effopt.axis_rules import Rule
@@ -66,9 +67,9 @@ FAMILIES: dict[str, tuple[Rule, tuple[Any, ...]]] = {
         ),
     ),
     "select": (rules.select, (aten.select.int,)),
-    "slice": (rules.slice_, (aten.slice.Tensor,)),
-    "join": (rules.join, (aten.cat.default,)),
-    "stack": (rules.stack, (aten.stack.default,)),
+    "slice": (parts.slice_, (aten.slice.Tensor,)),
+    "join": (parts.join, (aten.cat.default,)),
+    "stack": (parts.stack, (aten.stack.default,)),
     "embedding": (rules.embedding, (aten.embedding.default,)),
     "gather": (rules.gather, (aten.gather.default,)),
     "convolution": (
@@ -94,12 +95,12 @@ FAMILIES: dict[str, tuple[Rule, tuple[Any, ...]]] = {
             *(aten.new_ones.default, aten.new_zeros.default, aten.new_full.default),
         ),
     ),
-    "unbind": (rules.unbind, (aten.unbind.int,)),
+    "unbind": (parts.unbind, (aten.unbind.int,)),
     "pieces": (
-        rules.pieces,
+        parts.pieces,
         (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default),
     ),
-    "roll": (rules.roll, (aten.roll.default,)),
+    "roll": (parts.roll, (aten.roll.default,)),
     "item": (rules.getitem, (operator.getitem,)),
 }
 """Family → its rule and its operators. An operator without a row stops the analysis there."""

@@ -1,19 +1,14 @@
 """Engines against each other: their times and how far their outputs agree. Free of torch."""
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from effopt.backend import Array
-from effopt.engine import Engine, bind, load
-from effopt.errors import EffoptError, UsageError
+from effopt.engine import Engine, bind
+from effopt.errors import UsageError
 from effopt.measure import compare, cosine, top1_agreement
 from effopt.report import Latency, Quality
 
@@ -70,35 +65,6 @@ def time_engines(
     return tuple(Latency.of(name, batch, threads(), timing) for name, timing in timings.items())
 
 
-def time_folders(rows: Mapping[str, Path], budget: float) -> tuple[Latency, ...]:
-    """Time engine folders at their batch sizes in a process of its own.
-
-    A fresh process holds no torch: neither its memory nor its threads disturb the engines. The
-    first folder is the baseline. Raises EffoptError with what the process said where it fails.
-    """
-    request = json.dumps({name: str(folder) for name, folder in rows.items()})
-    command = [sys.executable, "-m", "effopt.bench", request, str(budget)]
-    limit = _PATIENCE + 10 * budget * len(rows)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
-    except subprocess.TimeoutExpired as error:
-        reason = f"the engine could not be timed within {limit:.0f} s"
-        raise EffoptError(reason, "save with measure=False") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EffoptError(f"the engine could not be timed: {last}", "save with measure=False")
-    return tuple(Latency(**record) for record in json.loads(done.stdout))
-
-
-def _time(rows: Mapping[str, str], budget: float) -> list[dict[str, object]]:
-    engines = {name: load(folder) for name, folder in rows.items()}
-    last = list(engines.values())[-1]
-    found: list[Latency] = []
-    for batch in batches(last):
-        found += time_engines(engines, feeds(last, batch), batch, budget)
-    return [asdict(latency) for latency in found]
-
-
 def threads() -> int:
     """Return the processors that this process may use: the engines use as many threads at most."""
     allowed = getattr(os, "sched_getaffinity", None)  # absent on some systems
@@ -145,7 +111,3 @@ def agreement_of(want: Feeds, got: Feeds, data: str) -> Iterator[Quality]:
 def _is_choice(array: Array) -> bool:
     """Tell whether an array may hold a row of scores for each sample."""
     return array.ndim == 2 and array.shape[1] > 1
-
-
-if __name__ == "__main__":
-    print(json.dumps(_time(json.loads(sys.argv[1]), float(sys.argv[2]))))

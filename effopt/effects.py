@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from effopt.attention import is_causal
 from effopt.axes import Axis, AxisMap, Dim, Dims, Size, leaves
-from effopt.axis_rules import dim_arg, dim_arg_of_list, dims_arg, first, slice_range, tensors
+from effopt.axis_parts import dim_arg_of_list, slice_range
+from effopt.axis_rules import dim_arg, dims_arg, first, tensors
 from effopt.axis_table import family
 from effopt.program import is_tensor, shape
 

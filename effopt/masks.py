@@ -8,7 +8,8 @@ from torch.fx.node import map_arg
 
 from effopt.attention import mask_of
 from effopt.axes import same_size
-from effopt.axis_rules import depends_on_input, tensors
+from effopt.axis_parts import depends_on_input
+from effopt.axis_rules import tensors
 from effopt.effects import Kind
 from effopt.errors import PreconditionError
 from effopt.program import shape, value, where

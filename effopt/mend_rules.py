@@ -9,7 +9,8 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from effopt.axes import same_size
-from effopt.axis_rules import dim_arg, first, slice_range
+from effopt.axis_parts import slice_range
+from effopt.axis_rules import dim_arg, first
 from effopt.edit import Edit
 from effopt.effects import Range
 from effopt.errors import PreconditionError

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from effopt.backend import Support, backend
 from effopt.bench import agreement_of, threads
 from effopt.capture import capture
 from effopt.cost import macs
+from effopt.errors import MissingError, PreconditionError
 from effopt.measure import peak_rss_mb
-from effopt.pipeline import Pass, Pipeline, spec_of
+from effopt.pipeline import Pass, Pipeline, Step, spec_of
 from effopt.program import Program
 from effopt.recipe import steps_of
-from effopt.report import Report, Stage
+from effopt.report import Report, Stage, StepRecord
 from effopt.target import Target
 from effopt.target import target as find_target
 
@@ -63,6 +65,7 @@ class Optimized:
         report: Report,
         source: Path | None,
         clock: Clock,
+        asked: str = "",
     ) -> None:
         self.original = original
         self.program = program
@@ -70,6 +73,7 @@ class Optimized:
         self.report = report
         self.source = source
         self.clock = clock
+        self.asked = asked or report.recipe
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rewritten graph in eager torch; the result nests as the model's own."""
@@ -106,36 +110,60 @@ def optimize(
     recipe's name, a spec string or a list of passes. `dynamic` names the sizes that stay free.
     `progress` is called with each stage's name as it begins.
 
-    Raises UsageError, CaptureError, or PreconditionError where a pass that was asked for by name
-    must refuse.
+    Raises UsageError, CaptureError, PreconditionError where a pass that was asked for by name
+    must refuse or the target cannot take the model, or MissingError where the runtime of the
+    target "cpu" is not installed.
 
     >>> optimized = effopt.optimize(model, target="cpu", recipe="merge-tokens{r=8}")
     """
     wanted, steps, clock = find_target(target), steps_of(recipe), Clock(progress)
+    vendor = backend(wanted.backend)
+    if wanted.name == "cpu" and not (here := vendor.available()).ok:
+        raise MissingError(*_refusal(here))
     with clock.stage("capture"):
         original = capture(model, example_inputs, dynamic=dynamic, seed=seed)
+    if not (taken := vendor.supports(original, wanted)).ok:
+        raise PreconditionError("model", *_refusal(taken))
     program, records = Pipeline(steps).run(original, progress)
     clock.stages += [Stage(record.spec, record.seconds) for record in records]
-    with clock.stage("quality"):
-        before = named(original, original.run(original.samples))
-        after = named(original, program.run(original.samples))
-    lossy = any(r.changed and not s.run.exact for r, s in zip(records, steps, strict=True))
     report = Report(
         model=type(model).__name__,
         target=wanted.name,
         recipe=",".join(spec_of(step.run) for step in steps),
+        steps=records,
+        notes=(*_fixed_batch(model, original, dynamic), *_notes(steps, records)),
+    )
+    report = _measured(report, original, program, clock)
+    asked = recipe if isinstance(recipe, str) else ""
+    return Optimized(original, program, wanted, report, _folder_of(model), clock, asked)
+
+
+def _measured(report: Report, original: Program, program: Program, clock: Clock) -> Report:
+    """Add what both programs compute and cost."""
+    with clock.stage("quality"):
+        before = named(original, original.run(original.samples))
+        after = named(original, program.run(original.samples))
+    return refresh(
+        report,
+        clock,
         version=importlib.metadata.version("effopt"),
         environment=_environment(),
-        stages=tuple(clock.stages),
-        steps=records,
         macs_before=macs(original),
         macs_after=macs(program),
         weight_bytes=program.weight_bytes(),
-        peak_rss_mb=peak_rss_mb(),
         quality=tuple(agreement_of(before, after, EXAMPLES)),
-        notes=_notes(lossy, records),
     )
-    return Optimized(original, program, wanted, report, _folder_of(model), clock)
+
+
+def _refusal(support: Support) -> tuple[str, str]:
+    """Part a backend's refusal in its reason and, after a colon, its remedy."""
+    reason, _, remedy = support.reason.partition(": ")
+    return reason, remedy or "choose another target: `effopt targets` lists them"
+
+
+def _fixed_batch(model: object, program: Program, dynamic: Sequence[str]) -> tuple[str, ...]:
+    fixed = isinstance(model, ExportedProgram) and "batch" not in program.dynamic.values()
+    return ("the exported program fixes its batch",) if fixed and "batch" in dynamic else ()
 
 
 def named(program: Program, outputs: Sequence[Tensor]) -> dict[str, Any]:
@@ -145,7 +173,8 @@ def named(program: Program, outputs: Sequence[Tensor]) -> dict[str, Any]:
     return {s.name: out.detach().numpy() for s, out in zip(specs, known, strict=True)}
 
 
-def _notes(lossy: bool, records: Sequence[Any]) -> tuple[str, ...]:
+def _notes(steps: Sequence[Step], records: Sequence[StepRecord]) -> tuple[str, ...]:
+    lossy = any(r.changed and not s.run.exact for r, s in zip(records, steps, strict=True))
     notes = [f"left out: {record.spec}: {record.skipped}" for record in records if record.skipped]
     if lossy:
         notes.append(

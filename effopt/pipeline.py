@@ -157,13 +157,17 @@ def _run_step(step: Step, program: Program) -> tuple[Program, StepRecord]:
     return after, StepRecord(
         spec=spec_of(step.run),
         changed=outcome.changed,
-        skipped=str(refusals[0]) if refusals else "",
+        skipped=_one_line(refusals[0]) if refusals else "",
         notes=outcome.notes,
         nodes_before=before,
         nodes_after=_nodes(after),
         seconds=time.perf_counter() - start,
         facts=dict(outcome.facts),
     )
+
+
+def _one_line(refusal: PreconditionError) -> str:
+    return f"{refusal.node}: {refusal.reason} (remedy: {refusal.remedy})"
 
 
 def _on_fork(step: Pass, program: Program) -> tuple[Outcome, Program]:

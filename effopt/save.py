@@ -6,27 +6,25 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from effopt import folder as folders
+from effopt.apart import check_folder, time_folders
 from effopt.backend import Artifact, Backend, as_array, backend
-from effopt.bench import time_folders
 from effopt.engine import Engine, check
 from effopt.errors import VerificationError
-from effopt.optimizer import Optimized, named, refresh
+from effopt.optimizer import Clock, Optimized, named, refresh
 from effopt.program import Program
 from effopt.reference import write_reference
 from effopt.report import Latency, Report
 from effopt.target import Target
-
-if TYPE_CHECKING:
-    from effopt.optimizer import Clock
 
 BASELINE = "exact export"
 """The same model through the same backend with the normal form alone: nothing lossy."""
 OURS = "effopt"
 BUDGET = 4.0
 """Seconds of timing for each batch size."""
+HEAVY = 64 << 20
+"""Bytes of weights from which the engine is checked in a process of its own."""
 
 _COPIED = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|special_tokens_map|"
@@ -50,21 +48,22 @@ def save(optimized: Optimized, path: Path, measure: bool) -> tuple[Path, Report]
 
 
 def _fill(optimized: Optimized, fresh: Path, measure: bool) -> tuple[folders.Manifest, Report]:
-    clock, target = optimized.clock, optimized.target
+    clock, target = Clock(optimized.clock.listen), optimized.target
+    clock.stages += optimized.clock.stages  # of a copy: each save tells its own stages alone
     vendor = backend(target.backend)
     with clock.stage("build"):
         artifact = _build(vendor, optimized.program, optimized.original, target, fresh)
     _copy_config(optimized.source, fresh)
-    manifest = _manifest(optimized.program, target, artifact, optimized.report)
+    manifest = _manifest(optimized, optimized.program, artifact, optimized.report)
     folders.seal(fresh, manifest)
     notes, latency = list(optimized.report.notes), tuple[Latency, ...]()
     if vendor.available().ok:
         with clock.stage("check"):
-            _check(vendor, fresh, manifest)
+            _check(vendor, fresh, manifest, optimized.program.weight_bytes() > HEAVY)
         if measure and not target.gpu:
             latency = _measure(optimized, vendor, fresh, clock)
-    else:
-        notes.append(f"not run here: {vendor.available().reason}")
+    elif (note := f"not run here: {vendor.available().reason}") not in notes:
+        notes.append(note)
     report = refresh(
         optimized.report, clock, latency=latency, pending=artifact.pending, notes=tuple(notes)
     )
@@ -72,7 +71,7 @@ def _fill(optimized: Optimized, fresh: Path, measure: bool) -> tuple[folders.Man
     report = replace(report, files={n: s for n, s in sizes.items() if n != folders.MANIFEST})
     (fresh / "report.json").write_text(json.dumps(report.to_json(), indent=1))
     (fresh / "report.html").write_text(report.html(), encoding="utf-8")
-    return _manifest(optimized.program, target, artifact, report), report
+    return _manifest(optimized, optimized.program, artifact, report), report
 
 
 def _build(
@@ -88,9 +87,10 @@ def _build(
 
 
 def _manifest(
-    program: Program, target: Target, artifact: Artifact, report: Report
+    optimized: Optimized, program: Program, artifact: Artifact, report: Report
 ) -> folders.Manifest:
-    record = report.to_json()
+    record, target = report.to_json(), optimized.target
+    facts = {key: fact for key, fact in artifact.facts.items() if key != "tools"}
     return folders.Manifest(
         effopt=report.version,
         target=target.name,
@@ -100,16 +100,20 @@ def _manifest(
         steps=record["steps"],
         quality={"figures": record["quality"]},
         measured={key: record[key] for key in ("latency", "macs_before", "macs_after", "stages")},
-        facts={key: fact for key, fact in artifact.facts.items() if key != "tools"},
+        facts={**facts, "recipe": optimized.asked},
         tools=dict(artifact.facts.get("tools", {})),
         pending=artifact.pending,
     )
 
 
-def _check(vendor: Backend, folder: Path, manifest: folders.Manifest) -> None:
+def _check(vendor: Backend, folder: Path, manifest: folders.Manifest, heavy: bool) -> None:
     """Run the engine on the stored inputs and hold it to the eager result."""
-    runner = vendor.load(folder, manifest.signature, manifest.facts)
-    for figure in check(Engine(folder, manifest, runner)):
+    if heavy:
+        figures = check_folder(folder)
+    else:
+        runner = vendor.load(folder, manifest.signature, manifest.facts)
+        figures = check(Engine(folder, manifest, runner))
+    for figure in figures:
         if not figure.ok:
             raise VerificationError(
                 f"output {figure.output!r} of the engine differs from eager torch by "
@@ -119,7 +123,7 @@ def _check(vendor: Backend, folder: Path, manifest: folders.Manifest) -> None:
 
 
 def _measure(
-    optimized: Optimized, vendor: Backend, fresh: Path, clock: "Clock"
+    optimized: Optimized, vendor: Backend, fresh: Path, clock: Clock
 ) -> tuple[Latency, ...]:
     """Time the engine against the exact export of the same model, interleaved."""
     from effopt.pipeline import Pipeline
@@ -132,7 +136,7 @@ def _measure(
             base = Path(scratch)
             with clock.stage("build the baseline"):
                 artifact = _build(vendor, plain, optimized.original, optimized.target, base)
-            folders.seal(base, _manifest(plain, optimized.target, artifact, optimized.report))
+            folders.seal(base, _manifest(optimized, plain, artifact, optimized.report))
             rows = {BASELINE: base, OURS: fresh}
         with clock.stage("measure"):
             return time_folders(rows, BUDGET)

@@ -7,7 +7,8 @@ from torch.fx import Node
 
 from effopt.attention import SDPA
 from effopt.axes import Dim, Size, find_axes, leaves
-from effopt.axis_rules import dim_arg, first, slice_range, tensors
+from effopt.axis_parts import slice_range
+from effopt.axis_rules import dim_arg, first, tensors
 from effopt.effects import Effect, Kind, Range, Tokens, effect, index_of_pick
 from effopt.errors import PreconditionError
 from effopt.program import Program, module_path, shape, where

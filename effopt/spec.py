@@ -114,7 +114,7 @@ class _Reader:
             raise self.error("expected a value")
         found = _scalar(token)
         if isinstance(found, float) and not math.isfinite(found):
-            raise self.error(f"{token} is no finite number,")
+            raise self.error(f"{token} is no finite number")
         return found
 
     def error(self, why: str = "cannot be read") -> UsageError:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from textwrap import dedent
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -79,12 +80,9 @@ class Check:
     def refuses(self, spec: "str | Pass", message: str) -> "Check":
         """Expect an error with exactly this message, and that nothing was touched."""
         before, weights = text(self.program), _weights(self.model)
-        try:
+        with pytest.raises(EffoptError) as caught:
             Pipeline(_steps(spec)).run(self.program)
-        except EffoptError as error:
-            assert said(error) == dedent(message).strip()
-        else:
-            raise AssertionError(f"{spec} was not refused")
+        assert said(caught.value) == dedent(message).strip()
         assert text(self.program) == before, "the graph was touched"
         assert weights == _weights(self.model), "the caller's weights were touched"
         return self

@@ -110,16 +110,21 @@ def _unproportional(query: Tensor, key: Tensor, tokens: Tokens, block: Block) ->
     return logits.masked_fill(tokens.size[:, None, None, :] == 0, -torch.inf).softmax(-1)
 
 
-def merge(r: int, protected: int = 0, ordered: bool = False) -> Step:
-    """Merge r tokens of even places into odd ones; fewer where half of them is less."""
+def merge(
+    r: int, protected: int = 0, ordered: bool = False, behind: int = 0, least: int = 1
+) -> Step:
+    """Merge r tokens of even places into odd ones; fewer where half of them is less.
+
+    The first `protected` and the last `behind` tokens take no part; `least` tokens stay.
+    """
 
     def step(tokens: Tokens, keys: Tensor, _: Tensor) -> Tokens:
         n = tokens.x.shape[1]
-        free = [place for place in range(0, n, 2) if place >= protected]
-        count = max(0, min(r, (n - protected) // 2, len(free)))
+        free = [place for place in range(protected, n - behind) if place % 2 == 0]
+        count = max(0, min(r, (n - protected - behind) // 2, len(free), n - least))
         metric = keys.mean(1)
         groups = [
-            groups_of(metric[b], tokens.size[b], count, protected, ordered)
+            groups_of(metric[b], tokens.size[b], count, (protected, behind), ordered)
             for b in range(len(metric))
         ]
         return _merged(tokens, groups)
@@ -128,7 +133,7 @@ def merge(r: int, protected: int = 0, ordered: bool = False) -> Step:
 
 
 def groups_of(
-    metric: Tensor, size: Tensor, r: int, protected: int, ordered: bool
+    metric: Tensor, size: Tensor, r: int, protected: tuple[int, int], ordered: bool
 ) -> list[list[int]]:
     """Match one sample's tokens: lists of places that become one, its representative first.
 
@@ -136,6 +141,7 @@ def groups_of(
     with padding (size 0) score -2; protected tokens neither offer nor receive. Ties: lower place.
     """
     n = len(metric)
+    front, behind = range(protected[0]), range(n - protected[1], n)
     unit = metric / metric.norm(dim=1, keepdim=True).clamp_min(1e-12)
     offers: list[tuple[float, int, int]] = []
     for source in range(0, n, 2):
@@ -144,22 +150,21 @@ def groups_of(
             score = float(unit[source] @ unit[target])
             if size[source] == 0 or size[target] == 0:
                 score = -2.0
-            if source < protected or target < protected:
+            if any(place in ends for place in (source, target) for ends in (front, behind)):
                 score = -torch.inf
             if score > best[0]:
                 best = (score, target)
         offers.append((-best[0], source, best[1]))
-    taken = sorted(offers)[:r]
     groups = {place: [place] for place in range(n)}
-    for _, source, target in taken:
+    for _, source, target in sorted(offers)[:r]:
         del groups[source]
         groups[target].append(source)
     if ordered:
         return list(groups.values())
-    front = [g for p, g in groups.items() if p < protected]
-    even = [g for p, g in groups.items() if p >= protected and p % 2 == 0]
-    odd = [g for p, g in groups.items() if p >= protected and p % 2 == 1]
-    return front + even + odd
+    even = [group for place, group in groups.items() if place % 2 == 0]
+    odd = [group for place, group in groups.items() if place % 2 == 1]
+    inner = [g for g in even + odd if g[0] not in front and g[0] not in behind]
+    return [groups[place] for place in front] + inner + [groups[place] for place in behind]
 
 
 def _merged(tokens: Tokens, groups: list[list[list[int]]]) -> Tokens:

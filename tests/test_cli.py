@@ -1,11 +1,13 @@
 """The command line: exit codes, one JSON document, and nothing printed where it does not belong."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,13 +76,8 @@ class Shell:
 
 
 @pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
-    import logging
-    import warnings
-
-    with warnings.catch_warnings():
-        yield Shell(capsys)
-    logging.disable(logging.NOTSET)
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
 
 
 class FakeOptimized:
@@ -313,10 +310,26 @@ def test_inspect(
         def to_json(self) -> dict[str, Any]:
             return {"sites": [EVIL]}
 
+    given: list[dict[str, Any]] = []
+
+    def explain(model: Any, inputs: Any, **options: Any) -> Explanation:
+        given.append(options)
+        return Explanation()
+
     optimizer(None)
-    monkeypatch.setattr(effopt, "explain", lambda model, inputs: Explanation(), raising=False)
+    monkeypatch.setattr(effopt, "explain", explain, raising=False)
     assert shell("inspect", "cli_shop:make") == (0, "axes</script>\\x1b[2J[red]\nsites\n")
     assert shell.json("inspect", "cli_shop:make") == (0, {"sites": [EVIL]})
+    shell("inspect", "cli_shop:make", "--dynamic", "batch,length", "--seed", "3")
+    assert given[0] == {"dynamic": ("batch",), "seed": 0}
+    assert given[-1] == {"dynamic": ("batch", "length"), "seed": 3}
+
+
+def test_logging_and_warnings_are_left_as_they_were(shell: Shell) -> None:
+    level, filters = logging.root.manager.disable, list(warnings.filters)
+    assert shell("targets")[0] == 0
+    assert shell("inspect", "nowhere:make")[0] == 2
+    assert (logging.root.manager.disable, list(warnings.filters)) == (level, filters)
 
 
 # --- bench and verify

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effopt.backend import as_array, backend
+from effopt.backends.session import Session
 from effopt.capture import capture
 from effopt.engine import (
     Engine,
@@ -22,7 +23,7 @@ from effopt.engine import (
     load,
     relative_difference,
 )
-from effopt.errors import UnsafeFileError, UsageError
+from effopt.errors import UnsafeFileError, UsageError, VerificationError
 from effopt.folder import Manifest, write
 from effopt.reference import write_reference
 from effopt.signature import Signature, TensorSpec
@@ -303,6 +304,30 @@ def test_check_without_reference(tmp_path: Path) -> None:
     path = write(tmp_path / "out", lambda folder: record)
     with pytest.raises(UsageError, match="holds no reference inputs"):
         check(Engine(path, record, Nothing()))
+
+
+def test_check_without_the_reference_of_an_output(tmp_path: Path, engine: Engine) -> None:
+    spec = TensorSpec("x", "float32", (2,), "x")
+    signature = Signature((spec,), (replace(spec, name="y"),), 0)
+    record, x = Manifest("0.1.0", "cpu", "ort", signature), np.zeros(2, np.float32)
+
+    class Same:
+        def run(self, inputs: list[Any]) -> list[Any]:
+            return inputs
+
+    def fill(folder: Path) -> Manifest:
+        write_reference(folder, {"x": x}, {"y": x}, {"z": x})
+        return record
+
+    path = write(tmp_path / "out", fill)
+    with pytest.raises(UsageError, match=r"no reference 'optimized\.y'"):
+        check(Engine(path, record, Same()))
+
+
+def test_outputs_of_other_names_than_the_signatures_are_refused(engine: Engine) -> None:
+    outputs = tuple(replace(spec, port="else") for spec in engine.signature.outputs)
+    with pytest.raises(VerificationError, match="gives"):
+        Session(engine.folder / "model.onnx", replace(engine.signature, outputs=outputs))
 
 
 def test_figures() -> None:

@@ -88,9 +88,7 @@ SAME: dict[str, Head] = {
     "prefix and the rest": lambda y, x: (y[:, 0], y[:, 1:]),
     "gated": lambda y, x: (y * torch.sigmoid(y)).mean(1),
     "long skip": lambda y, x: (y + x).mean(1),
-    "weighted by a learned table": lambda y, x: (y * torch.arange(8.0)[None, :, None] * 0 + y).sum(
-        1
-    ),
+    "weighted by a table": lambda y, x: (y * torch.tensor([1.0, 3.0] * 4)[None, :, None]).sum(1),
 }
 
 

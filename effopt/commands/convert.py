@@ -27,16 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="balanced",
         help="a recipe's name, or a spec, see the examples (default: balanced)",
     )
-    parser.add_argument(
-        "--dynamic",
-        metavar="DIMS",
-        type=_names,
-        default=("batch",),
-        help="sizes left open, of batch and length; '' for none (default: batch)",
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="seed of drawn inputs (default: 0)"
-    )
+    add_capture(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print the folder only")
 
 
@@ -48,6 +39,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face folder, .pt2 archive, or package.module:factory",
     )
     add_trust(parser)
+
+
+def add_capture(parser: argparse.ArgumentParser) -> None:
+    """Declare --dynamic and --seed."""
+    parser.add_argument(
+        "--dynamic",
+        metavar="DIMS",
+        type=_names,
+        default=("batch",),
+        help="sizes left open, of batch and length; '' for none (default: batch)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed of drawn inputs (default: 0)"
+    )
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

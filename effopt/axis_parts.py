@@ -1,0 +1,146 @@
+"""Axis rules of operators that cut a dimension into parts, or join parts to one."""
+
+from typing import Any
+
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from effopt.axes import (
+    Axis,
+    AxisMap,
+    Dim,
+    Dims,
+    Part,
+    Segment,
+    fresh,
+    fresh_dims,
+    leaves,
+    same_size,
+    unify,
+)
+from effopt.axis_rules import dim_arg, dims_arg, first, tensors
+from effopt.program import is_tensor, shape, value
+
+
+def slice_(found: AxisMap, node: Node) -> Dims:
+    """Take a range of a dimension: a new axis that knows which part of the old one it is."""
+    dims, place = list(found.of(first(node))), dim_arg(node, 1)
+    size = shape(node)[place]
+    if same_size(size, shape(first(node))[place]):
+        return tuple(dims)
+    start, _, step = slice_range(node)
+    whole = dims[place]
+    parts = (Part(whole, start, start + size),) if step == 1 else ()
+    axis = Axis(f"{node.name}.{place}", size, parts=parts)
+    dims[place] = () if same_size(size, 1) else (axis,)
+    return tuple(dims)
+
+
+def slice_range(node: Node) -> tuple[Any, Any, Any]:
+    """Return start, stop and step of a `slice.Tensor`, counted from the front."""
+    size = shape(first(node))[dim_arg(node, 1)]
+    given = [*node.args[2:], *([None] * 3)][:3]
+    start, stop, step = (value(arg) if isinstance(arg, Node) else arg for arg in given)
+    start, step = 0 if start is None else start, 1 if step is None else step
+    if isinstance(start, int) and start < 0:
+        start = start + size
+    new = shape(node)[dim_arg(node, 1)]
+    return start, start + new * step if stop is not None else size, step
+
+
+def join(found: AxisMap, node: Node) -> Dims:
+    """`cat`: the joined dimension is a new axis with segments; the others are one."""
+    parts, place = tensors(node), dim_arg_of_list(node)
+    dims = list(found.of(parts[0]))
+    for other in parts[1:]:
+        for spot, dim in enumerate(found.of(other)):
+            if spot != place and dim and dims[spot]:
+                unify(dims[spot], dim)
+    segments, start = list[Segment](), 0
+    for part in parts:
+        segments += _segments(found.of(part)[place], part, start, shape(part)[place])
+        start = start + shape(part)[place]
+    dims[place] = (Axis(f"{node.name}.{place}", start, tuple(segments)),)
+    return tuple(dims)
+
+
+def _segments(dim: Dim, part: Node, start: Any, size: Any) -> list[Segment]:
+    """Return the segments of one joined part; what was joined or cut before keeps its own."""
+    axis = dim[0] if len(dim) == 1 else None
+    if axis is not None and axis.segments:
+        return [Segment(start + s.start, start + s.stop, s.learned) for s in axis.segments]
+    for cut in axis.parts if axis is not None else ():
+        whole = leaves(cut.whole)
+        inside = whole[0].segments if len(whole) == 1 else ()
+        for segment in inside:
+            if known_within(segment.start, cut.start) and known_within(cut.stop, segment.stop):
+                return [Segment(start, start + size, segment.learned)]
+    return [Segment(start, start + size, learned=not depends_on_input(part))]
+
+
+def known_within(low: Any, high: Any) -> bool:
+    """Tell whether low <= high for every input, without adding a guard."""
+    if isinstance(low, int) and isinstance(high, int):
+        return low <= high
+    return bool(statically_known_true(low <= high))
+
+
+def dim_arg_of_list(node: Node) -> int:
+    """Return the dimension along which `cat` or `stack` joins."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim % len(shape(node))
+
+
+def depends_on_input(node: Node) -> bool:
+    """Tell whether a value holds data of the sample; a batch size is none."""
+    seen, todo = set[Node](), [node]
+    while todo:
+        current = todo.pop()
+        if current in seen or not is_tensor(current):
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            return True
+        todo += current.all_input_nodes
+    return False
+
+
+def unbind(found: AxisMap, node: Node) -> Any:
+    """Several tensors, each without the dimension."""
+    gone = dim_arg(node, 1)
+    left = tuple(dim for place, dim in enumerate(found.of(first(node))) if place != gone)
+    return tuple(left for _ in value(node))
+
+
+def pieces(found: AxisMap, node: Node) -> Any:
+    """`split` and `chunk`: each piece is a part of the dimension."""
+    dims, place = found.of(first(node)), dim_arg(node, 2)
+    results, start = [], 0
+    for count, piece in enumerate(value(node)):
+        size = piece.shape[place]
+        part = Part(dims[place], start, start + size)
+        axis = Axis(f"{node.name}.{count}", size, parts=(part,))
+        own = () if same_size(size, 1) else (axis,)
+        results.append((*dims[:place], own, *dims[place + 1 :]))
+        start = start + size
+    return tuple(results)
+
+
+def stack(found: AxisMap, node: Node) -> Dims:
+    """Several tensors of one shape along a new dimension."""
+    place = dim_arg_of_list(node)
+    parts = tensors(node)
+    for other in parts[1:]:
+        for a, b in zip(found.of(parts[0]), found.of(other), strict=True):
+            unify(a, b)
+    dims = list(found.of(parts[0]))
+    dims.insert(place, fresh(f"{node.name}.{place}", len(parts)))
+    return tuple(dims)
+
+
+def roll(found: AxisMap, node: Node) -> Dims:
+    """Order along some dimensions changes: those are new, lest shifted meet unshifted."""
+    moved = dims_arg(node, 2)
+    dims, new = found.of(first(node)), fresh_dims(node)
+    return tuple(new[place] if place in moved else dim for place, dim in enumerate(dims))
