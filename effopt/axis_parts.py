@@ -48,6 +48,24 @@ def slice_range(node: Node) -> tuple[Any, Any, Any]:
     return start, start + new * step if stop is not None else size, step
 
 
+def slice_edges(node: Node, start: Any, stop: Any) -> tuple[Any, Any]:
+    """Return where a slice of the places `start` to `stop` begins and ends, in the same count.
+
+    Reads the arguments alone: the shapes may belong to a graph that is half rewritten.
+    """
+    given = [value(arg) if isinstance(arg, Node) else arg for arg in node.args[2:4]]
+    low, high = [*given, None, None][:2]
+    first_ = start if low is None else (stop if isinstance(low, int) and low < 0 else start) + low
+    if high is None or (isinstance(high, int) and high >= _TO_THE_END):
+        return first_, stop
+    last = (stop if isinstance(high, int) and high < 0 else start) + high
+    return first_, stop if known_within(stop, last) else last
+
+
+_TO_THE_END = 2**62
+"""A stop from here on is torch's way to say "to the end"."""
+
+
 def join(found: AxisMap, node: Node) -> Dims:
     """`cat`: the joined dimension is a new axis with segments; the others are one."""
     parts, place = tensors(node), dim_arg_of_list(node)

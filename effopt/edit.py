@@ -138,20 +138,32 @@ def infer(node: Node, program: Program) -> Any:
     mode = fake_mode(program)
     env = mode.shape_env
     guards = len(env.guards) if env is not None else 0
+    known = dict(env.replacements) if env is not None else {}
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
     assert callable(node.target)
     try:
         with mode, torch.no_grad():
             val = node.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        _forget(env, guards, known)
         first = str(error).strip().splitlines()[0]
         raise VerificationError(f"{where(node)}: does not fit its arguments: {first}") from error
     added = [guard.expr for guard in env.guards[guards:]] if env is not None else []
     narrowing = [expr for expr in added if not _holds_always(expr, env)]
     if narrowing:
+        _forget(env, guards, known)
         shown = ", ".join(map(str, narrowing))
         raise VerificationError(f"{where(node)}: fixes a size that must stay free: {shown}")
     return val
+
+
+def _forget(env: Any, guards: int, known: dict[Any, Any]) -> None:
+    """Take back what a refused node taught the shape environment, which all forks share."""
+    if env is not None:
+        del env.guards[guards:]
+        env.replacements.clear()
+        env.replacements.update(known)
+        env._update_version_counter()
 
 
 def _holds_always(guard: Any, env: Any) -> bool:

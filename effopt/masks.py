@@ -19,6 +19,7 @@ aten = torch.ops.aten
 SEEN_THROUGH = (
     *(aten.reshape.default, aten.unsqueeze.default, aten.expand.default, aten.squeeze.dim),
     *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.logical_not.default),
+    aten.bitwise_not.default,
     *(aten.clamp_min.default, aten.clamp.default, aten.ne.Scalar, aten.select.int),
 )
 LOW = -1e4

@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from effopt.axes import same_size
-from effopt.axis_parts import slice_range
+from effopt.axis_parts import slice_edges
 from effopt.axis_rules import dim_arg, first
 from effopt.edit import Edit
 from effopt.effects import Range
@@ -116,10 +116,9 @@ def slice_args(node: Node, axis: TokenAxis) -> tuple[int, int, int]:
     place = dim_arg(node, 1)
     spot = axis.tokens.on(first(node))[place]
     assert isinstance(spot, Range)
-    start, stop, _ = slice_range(node)
-    edges = (_edge(spot.start + edge, spot, axis) for edge in (start, stop))
-    low, high = edges
-    return place, low, END if high == 0 and not same_size(stop, 0) else high
+    start, stop = slice_edges(node, spot.start, spot.stop)
+    low, high = (_edge(edge, spot, axis) for edge in (start, stop))
+    return place, low, END if high == 0 and not same_size(stop, spot.start) else high
 
 
 def _edge(edge: Any, spot: Range, axis: TokenAxis) -> int:

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from effopt.attention import SDPA
 from effopt.axes import Dim, Size, find_axes, leaves
-from effopt.axis_parts import slice_range
+from effopt.axis_parts import slice_edges
 from effopt.axis_rules import dim_arg, first, tensors
 from effopt.effects import Effect, Kind, Range, Tokens, effect, index_of_pick
 from effopt.errors import PreconditionError
@@ -134,9 +134,8 @@ def _ends(node: Node, tokens: Tokens) -> tuple[int, int]:
     """Return how many tokens at each end a slice holds fixed, by its nearer end."""
     spot = tokens.on(first(node))[dim_arg(node, 1)]
     assert isinstance(spot, Range)
-    start, stop, _ = slice_range(node)
     front = back = 0
-    for edge in (spot.start + start, spot.start + stop):
+    for edge in slice_edges(node, spot.start, spot.stop):
         left = edge if isinstance(edge, int) else None
         behind = tokens.size - edge
         right = int(behind) if _fixed(behind) else None

@@ -24,7 +24,7 @@ from effopt.passes.schedule import (
     main_axis,
 )
 from effopt.pipeline import Outcome
-from effopt.program import Program, shape, where
+from effopt.program import Program, where
 from effopt.sites import Site, TokenAxis
 from effopt.state import Point, Reducer, Reduction
 
@@ -140,12 +140,10 @@ def _reducer(options: PruneTokens, keep: int) -> Reducer:
     """Make the function that scores and drops tokens at one site."""
 
     def reduce(point: Point) -> Reduction:
-        edit, bias = point.edit, point.bias
-        while bias is not None and len(shape(bias)) < 4:
-            bias = edit.call(aten.unsqueeze.default, bias, 0)
+        edit = point.edit
         score = edit.call(
             kernel("attention_row").op,
-            *(point.query, point.key, bias, list(point.picks), point.scale),
+            *(point.query, point.key, point.bias, list(point.picks), point.scale),
         )
         ends = (point.prefix, point.suffix)
         kept = edit.call(kernel("select_tokens").op, score, keep, *ends)

@@ -35,6 +35,7 @@ def lowering(q: Tensor, k: Tensor, bias: Tensor | None, rows: list[int], scale: 
     keys = k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = (some @ keys.transpose(2, 3)).float() * scale
     if bias is not None:
+        bias = bias.reshape(*([1] * (4 - bias.ndim)), *bias.shape)
         own = bias if _is_one(bias.shape[2]) else bias[:, :, rows]
         low = torch.finfo(torch.float32).min
         logits = logits + (torch.where(own, 0.0, low) if own.dtype == torch.bool else own.float())
