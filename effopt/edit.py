@@ -163,6 +163,8 @@ def _forget(env: Any, guards: int, known: dict[Any, Any]) -> None:
         del env.guards[guards:]
         env.replacements.clear()
         env.replacements.update(known)
+        # Sizes remember what they were replaced by until these counters move.
+        env._replacements_version_counter += 1
         env._update_version_counter()
 
 
