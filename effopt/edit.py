@@ -138,34 +138,60 @@ def infer(node: Node, program: Program) -> Any:
     mode = fake_mode(program)
     env = mode.shape_env
     guards = len(env.guards) if env is not None else 0
-    known = dict(env.replacements) if env is not None else {}
+    known = _knowledge(env)
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
     assert callable(node.target)
     try:
-        with mode, torch.no_grad():
+        with _uncached(mode), mode, torch.no_grad():
             val = node.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        _forget(env, guards, known)
+        _forget(env, known)
         first = str(error).strip().splitlines()[0]
         raise VerificationError(f"{where(node)}: does not fit its arguments: {first}") from error
     added = [guard.expr for guard in env.guards[guards:]] if env is not None else []
     narrowing = [expr for expr in added if not _holds_always(expr, env)]
     if narrowing:
-        _forget(env, guards, known)
+        _forget(env, known)
         shown = ", ".join(map(str, narrowing))
         raise VerificationError(f"{where(node)}: fixes a size that must stay free: {shown}")
     return val
 
 
-def _forget(env: Any, guards: int, known: dict[Any, Any]) -> None:
+@contextmanager
+def _uncached(mode: FakeTensorMode) -> Iterator[None]:
+    """Let every node be inferred anew: a cached answer records no guard."""
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = before
+
+
+_LEARNT = ("replacements", "axioms", "var_to_range", "specialization_stacks")
+"""What a shape environment learns from a guard, as dicts."""
+
+
+def _knowledge(env: Any) -> dict[str, Any]:
+    """Copy what a shape environment knows."""
+    return (
+        {}
+        if env is None
+        else {"guards": list(env.guards)} | {name: dict(getattr(env, name)) for name in _LEARNT}
+    )
+
+
+def _forget(env: Any, known: dict[str, Any]) -> None:
     """Take back what a refused node taught the shape environment, which all forks share."""
-    if env is not None:
-        del env.guards[guards:]
-        env.replacements.clear()
-        env.replacements.update(known)
-        # Sizes remember what they were replaced by until these counters move.
-        env._replacements_version_counter += 1
-        env._update_version_counter()
+    if env is None:
+        return
+    env.guards[:] = known["guards"]
+    for name in _LEARNT:
+        held = getattr(env, name)
+        held.clear()
+        held.update(known[name])
+    # Sizes and conditions remember what they were evaluated to until these counters move.
+    env._replacements_version_counter += 1
+    env._version_counter += 1
 
 
 def _holds_always(guard: Any, env: Any) -> bool:
