@@ -45,4 +45,4 @@ train: setup
 	$(BIN)/python -m examples.digits.train
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

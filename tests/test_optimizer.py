@@ -76,7 +76,7 @@ def test_timing_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
         raise subprocess.TimeoutExpired("python", timeout)
 
     monkeypatch.setattr(subprocess, "run", hangs)
-    with pytest.raises(EffoptError, match="could not be timed within 640 s"):
+    with pytest.raises(EffoptError, match="did not answer within 640 s"):
         time_folders({"effopt": tmp_path}, 4.0)
 
 
