@@ -9,12 +9,12 @@ from torch.export import ExportedProgram
 
 from effopt.axes import find_axes
 from effopt.capture import capture
-from effopt.effects import Kind
 from effopt.masks import find_padding
 from effopt.pipeline import Pipeline
 from effopt.program import Program, module_path, source_line, where
 from effopt.recipe import steps_of
 from effopt.sites import Site, TokenAxis, find_tokens
+from effopt.tokens import Kind
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from torch.fx import Node
 
 from effopt.axes import Size
 from effopt.edit import Edit
-from effopt.effects import Range
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
 from effopt.masks import comes_from
 from effopt.program import shape, value, where
 from effopt.sites import TokenAxis
 from effopt.state import Length, Reduction, State
+from effopt.tokens import Range
 
 aten = torch.ops.aten
 LEAVE_OUT = "leave the sites ahead of it out (options first, last or sites)"

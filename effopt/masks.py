@@ -10,10 +10,10 @@ from effopt.attention import mask_of
 from effopt.axes import same_size
 from effopt.axis_parts import depends_on_input
 from effopt.axis_rules import tensors
-from effopt.effects import Kind
 from effopt.errors import PreconditionError
 from effopt.program import shape, value, where
 from effopt.sites import TokenAxis
+from effopt.tokens import Kind
 
 aten = torch.ops.aten
 SEEN_THROUGH = (

@@ -15,7 +15,6 @@ from torch.fx.node import Argument, map_arg
 from effopt.attention import mask_of, qkv_of, scale_of, with_mask
 from effopt.axis_rules import dims_arg, tensors
 from effopt.edit import Edit
-from effopt.effects import Kind, Range
 from effopt.errors import PreconditionError, VerificationError
 from effopt.lift import LEAVE_OUT, Lift, covers, layout, lengths_of, to_rows, to_stream
 from effopt.masks import comes_from, find_padding
@@ -24,6 +23,7 @@ from effopt.program import shape, value, where
 from effopt.restore import restore
 from effopt.sites import Site, TokenAxis
 from effopt.state import Point, Reducer, Reduction, State
+from effopt.tokens import Kind, Range
 
 aten = torch.ops.aten
 TINY = 1e-30

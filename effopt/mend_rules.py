@@ -12,12 +12,12 @@ from effopt.axes import same_size
 from effopt.axis_parts import slice_edges
 from effopt.axis_rules import dim_arg, first
 from effopt.edit import Edit
-from effopt.effects import Range
 from effopt.errors import PreconditionError
 from effopt.lift import covers, fixed_int
 from effopt.program import shape, value
 from effopt.sites import TokenAxis
 from effopt.state import Length, State
+from effopt.tokens import Range
 
 aten = torch.ops.aten
 END = 2**63 - 1

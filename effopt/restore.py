@@ -5,12 +5,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from effopt.edit import Edit
-from effopt.effects import Kind, Range
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
 from effopt.lift import Lift, covers, edges, gather, layout, to_rows, to_stream
 from effopt.program import where
 from effopt.state import State
+from effopt.tokens import Kind, Range
 
 aten = torch.ops.aten
 REMEDY = "merge or fuse the tokens in place of dropping them: then they are copied back"

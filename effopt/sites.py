@@ -9,9 +9,10 @@ from effopt.attention import SDPA
 from effopt.axes import Dim, Size, find_axes, leaves
 from effopt.axis_parts import slice_edges
 from effopt.axis_rules import dim_arg, first, tensors
-from effopt.effects import Effect, Kind, Range, Tokens, effect, index_of_pick
+from effopt.effects import effect, index_of_pick
 from effopt.errors import PreconditionError
 from effopt.program import Program, module_path, shape, where
+from effopt.tokens import Effect, Kind, Range, Tokens
 
 
 @dataclass(frozen=True)

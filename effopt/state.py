@@ -9,9 +9,9 @@ from torch.utils import _pytree as pytree
 
 from effopt.axes import Size
 from effopt.edit import Edit
-from effopt.effects import Kind
 from effopt.program import is_tensor
 from effopt.sites import TokenAxis
+from effopt.tokens import Kind
 
 Length = int | Node
 """A number of tokens: fixed, or the node that yields it."""

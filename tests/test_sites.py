@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from effopt.effects import Kind
 from effopt.masks import find_padding
 from effopt.program import is_tensor, module_path
 from effopt.sites import TokenAxis, find_tokens
+from effopt.tokens import Kind
 from tests import spellings
 from tests.check import Check
 from tests.programs import normal
