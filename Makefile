@@ -32,8 +32,9 @@ test: lint types
 test-all: lint types
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
+N ?= 20000
 fuzz: setup
-	EFFOPT_FUZZ=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+	EFFOPT_FUZZ=$(N) $(BIN)/python -m pytest -n 2 -v tests/test_fuzz.py
 
 bench: setup
 	$(BIN)/python -m examples.bench

@@ -20,9 +20,13 @@ Size = Any
 
 
 class Axis:
-    """One identity. A bound axis stands for the factors that it was found to be made of."""
+    """One identity. A bound axis stands for the factors that it was found to be made of.
 
-    __slots__ = ("bound", "name", "parts", "reduced_from", "segments", "size")
+    `cuts` are the axes that know something of themselves (segments, parts, what they were reduced
+    from) and were found to be products in which this one is a factor.
+    """
+
+    __slots__ = ("bound", "cuts", "name", "parts", "reduced_from", "segments", "size")
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class Axis:
         self.segments = segments
         self.parts = parts
         self.reduced_from = reduced_from
+        self.cuts: tuple[Axis, ...] = ()
         self.bound: Dim | None = None
 
     def __repr__(self) -> str:
@@ -137,6 +142,9 @@ def bind(axis: Axis, dim: Dim) -> None:
         raise MixedError(f"{axis} before and after a reduction meet")
     if len(dim) == 1:
         dim[0].parts = (*dim[0].parts, *(part for part in axis.parts if part not in dim[0].parts))
+    cuts = (*axis.cuts, *((axis,) if len(dim) > 1 and _knows(axis) else ()))
+    for factor in dim:
+        factor.cuts = (*factor.cuts, *(cut for cut in cuts if cut not in factor.cuts))
     axis.bound = dim
 
 
@@ -147,74 +155,42 @@ def _knows(axis: Axis) -> int:
 def _history(axis: Axis) -> Dim:
     """Return the axes that a reduced axis came from, nearest first."""
     found: list[Axis] = []
-    for before in leaves(axis.reduced_from):
-        found += [before, *_history(before)]
+    for own in (axis, *axis.cuts):
+        for before in leaves(own.reduced_from):
+            found += [before, *_history(before)]
     return tuple(found)
 
 
 def _cut_to_match(x: Axis, y: Axis, a: list[Axis], b: list[Axis]) -> tuple[Axis, Axis]:
     """Cut the larger of two unequal factors so that both begin with factors of one size."""
-    if divides(y.size, x.size):
+    if divide(x.size, y.size) is not None:
         outer, inner = split(x, y.size)
         a.insert(0, inner)
         return outer, y
-    if divides(x.size, y.size):
+    if divide(y.size, x.size) is not None:
         outer, inner = split(y, x.size)
         b.insert(0, inner)
         return x, outer
     raise AxisError(f"{x} of {x.size} does not fit {y} of {y.size}")
 
 
-def divides(part: Size, whole: Size) -> bool:
-    """Tell whether both sizes are fixed and one divides the other."""
-    return isinstance(part, int) and isinstance(whole, int) and part > 0 and whole % part == 0
-
-
-def split(axis: Axis, outer: int) -> tuple[Axis, Axis]:
+def split(axis: Axis, outer: Size) -> tuple[Axis, Axis]:
     """Cut an axis into two new identities, outer times inner, and bind it to them."""
     first = Axis(f"{axis.name}:{outer}", outer)
-    second = Axis(f"{axis.name}:", axis.size // outer)
-    axis.bound = (first, second)
+    second = Axis(f"{axis.name}:", divide(axis.size, outer))
+    bind(axis, (first, second))
     return first, second
 
 
-def regroup(dims: Dims, sizes: Sequence[Size], name: str) -> Dims:
-    """Cut the factors of a tensor anew into dimensions of the given sizes (a view)."""
-    rest = [axis for dim in dims for axis in leaves(dim)]
-    result: list[Dim] = []
-    for place, size in enumerate(sizes):
-        taken: list[Axis] = []
-        while not same_size(size_of(taken), size):
-            if not rest:
-                raise AxisError(f"{name}: its dimension {place} of {size} has no factors left")
-            taken.append(_take(rest, taken, size, name))
-        result.append(tuple(taken))
-    if rest:
-        raise AxisError(f"{name}: {show(tuple(rest))} is left over")
-    return tuple(result)
-
-
-def _take(rest: list[Axis], taken: list[Axis], size: Size, name: str) -> Axis:
-    """Take the next factor, or the outer part of it that the dimension still needs."""
-    axis = rest.pop(0)
-    need = quotient(size, size_of(taken))
-    if need is None or not isinstance(axis.size, int) or need == axis.size:
-        return axis
-    if need < axis.size and axis.size % need == 0:
-        outer, inner = split(axis, need)
-        rest.insert(0, inner)
-        return outer
-    if need % axis.size:
-        raise AxisError(f"{name}: {axis} of {axis.size} is cut in the middle")
-    return axis
-
-
-def quotient(whole: Size, part: Size) -> int | None:
-    """Divide two sizes; None where the result is not one fixed number for every input."""
+def divide(whole: Size, part: Size) -> Size | None:
+    """Divide two sizes; None where the result is not known to be whole for every input."""
     if isinstance(whole, int) and isinstance(part, int):
-        return whole // part if part and whole % part == 0 else None
-    ratio = expression(whole) / expression(part)
-    return int(ratio) if ratio.is_Integer else None
+        return whole // part if part > 0 and whole % part == 0 else None
+    below = expression(part)
+    ratio = sympy.cancel(expression(whole) / below) if below != 0 else sympy.nan
+    if ratio.is_Integer:
+        return int(ratio)
+    return whole // part if ratio.is_integer else None
 
 
 def expression(size: Size) -> Any:

@@ -1,5 +1,6 @@
 """Axis rules of operators that cut a dimension into parts, or join parts to one."""
 
+import re
 from typing import Any
 
 from torch.fx import Node
@@ -7,18 +8,20 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.axes import (
     Axis,
+    AxisError,
     AxisMap,
     Dim,
     Dims,
     Part,
     Segment,
+    divide,
     fresh,
     fresh_dims,
     leaves,
     same_size,
     unify,
 )
-from effopt.axis_rules import dim_arg, dims_arg, first, tensors
+from effopt.axis_rules import argument, dim_arg, first, int_list, named_dims, tensors
 from effopt.program import is_tensor, shape, value
 
 
@@ -66,9 +69,21 @@ _TO_THE_END = 2**62
 """A stop from here on is torch's way to say "to the end"."""
 
 
+def narrow(found: AxisMap, node: Node) -> Dims:
+    """`narrow(x, dim, start, length)`: a new axis that knows which part of the old one it is."""
+    dims, place, start = list(found.of(first(node))), dim_arg(node, 1), node.args[2]
+    start, size = value(start) if isinstance(start, Node) else start, shape(node)[place]
+    known = isinstance(start, int) and start >= 0
+    parts = (Part(dims[place], start, start + size),) if known else ()
+    dims[place] = () if same_size(size, 1) else (Axis(f"{node.name}.{place}", size, parts=parts),)
+    return tuple(dims)
+
+
 def join(found: AxisMap, node: Node) -> Dims:
     """`cat`: the joined dimension is a new axis with segments; the others are one."""
-    parts, place = tensors(node), dim_arg_of_list(node)
+    parts, place = [part for part in tensors(node) if not _is_empty(part)], dim_arg_of_list(node)
+    if len(parts) < 2:
+        return found.of(parts[0]) if parts else fresh_dims(node)
     dims = list(found.of(parts[0]))
     for other in parts[1:]:
         for spot, dim in enumerate(found.of(other)):
@@ -80,6 +95,47 @@ def join(found: AxisMap, node: Node) -> Dims:
         start = start + shape(part)[place]
     dims[place] = (Axis(f"{node.name}.{place}", start, tuple(segments)),)
     return tuple(dims)
+
+
+def _is_empty(part: Node) -> bool:
+    """Tell whether a part of a `cat` is a vector of nothing, as an unfilled cache is."""
+    return len(shape(part)) == 1 and same_size(shape(part)[0], 0)
+
+
+def pad(found: AxisMap, node: Node) -> Dims:
+    """A padded dimension is a new axis with segments, a cropped one is a part of the old."""
+    dims, sizes, pads = list(found.of(first(node))), shape(first(node)), margins(node)
+    for place, (before, after) in pads.items():
+        size = before + sizes[place] + after
+        axis = Axis(f"{node.name}.{place}", size)
+        if all(known_within(edge, 0) for edge in (before, after)):
+            axis.parts = (Part(dims[place], 0 - before, sizes[place] + after),)
+        elif fills(node) and all(known_within(0, edge) for edge in (before, after)):
+            inner = _segments(dims[place], first(node), before, sizes[place])
+            rims = (Segment(0, before, True), Segment(before + sizes[place], size, True))
+            edges = zip(rims, (before, after), strict=True)
+            head, tail = ([rim] if not same_size(edge, 0) else [] for rim, edge in edges)
+            axis.segments = (*head, *inner, *tail)
+        dims[place] = () if same_size(size, 1) else (axis,)
+    return tuple(dims)
+
+
+def margins(node: Node) -> dict[int, tuple[Any, Any]]:
+    """Return by how much `pad` widens dimensions at both ends; those it leaves are not listed."""
+    given, rank = int_list(argument(node, "pad")), len(shape(node))
+    pairs = zip(given[::2], given[1::2], strict=True)
+    named = {rank - 1 - place: pair for place, pair in enumerate(pairs)}
+    return {place: pair for place, pair in named.items() if not all(same_size(p, 0) for p in pair)}
+
+
+def fills(node: Node) -> bool:
+    """Tell whether `pad` fills with a constant: the other modes repeat what is there."""
+    mode = argument(node, "mode")
+    return mode in (None, "constant") and not MODES.search(str(node.target))
+
+
+MODES = re.compile("reflect|replicat|circular")
+"""Paddings that repeat what is there, by the names of their operators."""
 
 
 def _segments(dim: Dim, part: Node, start: Any, size: Any) -> list[Segment]:
@@ -134,7 +190,7 @@ def unbind(found: AxisMap, node: Node) -> Any:
 def pieces(found: AxisMap, node: Node) -> Any:
     """`split` and `chunk`: each piece is a part of the dimension."""
     dims, place = found.of(first(node)), dim_arg(node, 2)
-    results, start = [], 0
+    results, start = list[Dims](), 0
     for count, piece in enumerate(value(node)):
         size = piece.shape[place]
         part = Part(dims[place], start, start + size)
@@ -157,8 +213,30 @@ def stack(found: AxisMap, node: Node) -> Dims:
     return tuple(dims)
 
 
-def roll(found: AxisMap, node: Node) -> Dims:
-    """Order along some dimensions changes: those are new, lest shifted meet unshifted."""
-    moved = dims_arg(node, 2)
-    dims, new = found.of(first(node)), fresh_dims(node)
-    return tuple(new[place] if place in moved else dim for place, dim in enumerate(dims))
+def write(found: AxisMap, node: Node) -> Dims:
+    """`slice_scatter`, `select_scatter`: x with some places overwritten; the others are one."""
+    dims, (place,) = found.of(first(node)), named_dims(node)
+    source = found.of(argument(node, "src"))
+    if len(source) < len(dims):
+        source = (*source[:place], (), *source[place:])
+    for spot, (own, dim) in enumerate(zip(dims, source, strict=True)):
+        if spot != place and own and dim:
+            unify(own, dim)
+    return dims
+
+
+def windows(found: AxisMap, node: Node) -> Dims:
+    """`unfold(x, dim, size, step)`: the windows are new, and so are the places in each."""
+    place = dim_arg(node, 1)
+    dims, new = list(found.of(first(node))), fresh_dims(node)
+    dims[place] = new[place]
+    return (*dims, new[-1])
+
+
+def patches(found: AxisMap, node: Node) -> Dims:
+    """`im2col`: channels times the places in a patch, and the patches, which are new."""
+    x, sizes = found.of(first(node)), shape(node)
+    if len(x) != 4:
+        raise AxisError("im2col of a single sample")
+    inside = divide(sizes[1], shape(first(node))[1])
+    return (x[0], (*x[1], *fresh(f"{node.name}.inside", inside)), fresh_dims(node)[2])

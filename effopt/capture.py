@@ -1,10 +1,7 @@
 """Capture: a model becomes a Program, by torch.export, with the dimensions asked for dynamic."""
 
-import contextlib
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +10,15 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from effopt.draw import example_inputs_of
 from effopt.errors import CaptureError, UsageError, unknown
-from effopt.inputs import Inputs, example_inputs_of, parameter_names, read_inputs, spelled_out
+from effopt.functional import make_functional
+from effopt.inline import inline_wrappers
+from effopt.inputs import Inputs, parameter_names, read_inputs, spelled_out
 from effopt.program import Program, Slots, is_tensor, where
 from effopt.signature import Signature, TensorSpec
 from effopt.structure import input_names, leaf_names, to_structure
+from effopt.tracing import as_deployed, explained
 
 DYNAMIC = ("batch", "length")
 """The dimensions that can be dynamic: rows of all inputs, and the token count of a text."""
@@ -39,9 +40,11 @@ def capture(
 
     `example_inputs` is a tensor, a tuple of positional arguments, a dict of keyword arguments or
     a pair (args, kwargs); a Hugging Face model may leave it out: inputs are drawn from its config.
-    The caller's model is left as it was. Raises UsageError for inputs that are none, CaptureError
-    (with the source line) for a model that is not one graph. An exported program keeps the sizes
-    that it was exported with; UsageError where it lacks one that is asked for beyond the default.
+    The model is traced in evaluation and returns no cache (`use_cache` of a Hugging Face config),
+    and is left as it was. The graph is flat and functional: no wrapped regions, no writes in place.
+    Raises UsageError for inputs that are none, CaptureError (with the source line) for a model
+    that is not one graph. An exported program keeps the sizes that it was exported with;
+    UsageError where it lacks one that is asked for beyond the default.
     """
     for name in dynamic:
         if name not in DYNAMIC:
@@ -74,7 +77,8 @@ def _length_range(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> tup
     """Ask torch.export which lengths the model takes: a position table, for one, bounds them."""
     if inputs.length is None:
         raise UsageError(
-            "dynamic length was asked for, but no input is a [batch, length] table of token ids",
+            "dynamic length was asked for, but no input is a [batch, length] table of token ids "
+            "or [batch, length, channels]",
             "leave 'length' out of dynamic, or pass integer token ids as an example input",
         )
     exported = _traced(model, inputs, {**dims, "length": Dim.DYNAMIC})
@@ -90,64 +94,11 @@ def _length_range(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> tup
 
 
 def _traced(model: nn.Module, inputs: Inputs, dims: dict[str, Any]) -> ExportedProgram:
-    with _evaluating(model), torch.no_grad(), _explained(model), spelled_out(model, inputs) as as_:
+    with as_deployed(model), explained(model), spelled_out(model, inputs) as as_:
         shapes = inputs.dynamic_shapes(as_, dims)
         return torch.export.export(
             model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch the model to evaluation, and each module back to what it was."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _explained(model: nn.Module) -> Iterator[None]:
-    """Turn an error of the trace into a CaptureError that names the model's own source line."""
-    try:
-        yield
-    except Exception as error:
-        place = _user_line(error)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        reason = (
-            f"{type(model).__name__} cannot be captured{place}: {type(error).__name__}: {first}"
-        )
-        raise CaptureError(reason, _remedy(error)) from error
-
-
-def _user_line(error: BaseException) -> str:
-    """Find the innermost frame of the traceback that is not torch's own."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not f.filename.startswith(ours) and Path(f.filename).exists()]
-    outside = [f for f in users if "contextlib" not in f.filename]
-    return (
-        f" at {outside[-1].filename}:{outside[-1].lineno} ({outside[-1].line})" if outside else ""
-    )
-
-
-def _remedy(error: BaseException) -> str:
-    text = f"{type(error).__name__} {error}"
-    table = {
-        "GuardOnDataDependent": "the control flow reads values: use torch.where",
-        "data-dependent": "the control flow reads values: use torch.where",
-        "Constraints violated": "the model fixes that size: leave it out of dynamic",
-        "ConstraintViolation": "the model fixes that size: leave it out of dynamic",
-        "unexpected keyword": "check the names of the example inputs against forward",
-        "missing": "pass every required argument of forward in the example inputs",
-        "size of tensor": "check the shapes of the example inputs",
-        "shape": "check the shapes of the example inputs",
-    }
-    known = (remedy for key, remedy in table.items() if key in text)
-    return next(known, "run the model once on the example inputs, then torch.export.export on it")
 
 
 def _from_exported(
@@ -173,6 +124,8 @@ def _program(exported: ExportedProgram, inputs: Inputs, parameters: list[str] | 
     `parameters` names the positional inputs; None takes the names in the exported program.
     """
     nested = exported.module(check_guards=False)
+    assert isinstance(nested, torch.fx.GraphModule)
+    inline_wrappers(nested)
     graph = nested.graph
     info: Any = getattr(graph._codegen, "pytree_info")  # noqa: B009 - of export's own code generator
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -200,7 +153,9 @@ def _program(exported: ExportedProgram, inputs: Inputs, parameters: list[str] | 
         constants=fixed,
     )
     _check_operators(program)
-    return replace(program, samples=program.flatten(inputs.args, inputs.kwargs))
+    program = replace(program, samples=program.flatten(inputs.args, inputs.kwargs))
+    make_functional(program)
+    return program
 
 
 def _fixed(
@@ -243,11 +198,15 @@ def _flat_outputs(graph: torch.fx.Graph, spec: pytree.TreeSpec) -> tuple[list[st
     """Keep the tensors among the outputs: their names, and which leaf of the nesting is which."""
     output = next(reversed(graph.nodes))
     leaves = list(pytree.tree_leaves(output.args[0]))
-    odd = [leaf for leaf in leaves if leaf is not None and not is_tensor(leaf)]
+    odd = [
+        f"{leaf.meta['val'] if isinstance(leaf, Node) else repr(leaf)} as {name!r}"
+        for name, leaf in zip(leaf_names(spec), leaves, strict=True)
+        if leaf is not None and not is_tensor(leaf)
+    ]
     if odd or not any(leaf is not None for leaf in leaves):
-        shown = odd[0] if odd else None
         raise CaptureError(
-            f"the model returns {shown!r}, which is no tensor", "return tensors only"
+            f"the model returns {odd[0] if odd else None}, which is no tensor",
+            "return tensors only; a module around the model can leave the rest out",
         )
     names = [n for n, leaf in zip(leaf_names(spec), leaves, strict=True) if leaf is not None]
     output.args = (tuple(leaf for leaf in leaves if leaf is not None),)

@@ -30,13 +30,18 @@ def macs(program: Program, sizes: Mapping[str, int] = _ONE_SAMPLE) -> int:
     size of the example inputs. Raises UsageError for a name that the program has not,
     PreconditionError for an operator whose sizes depend on values.
     """
+    return sum(macs_by_node(program, sizes).values())
+
+
+def macs_by_node(program: Program, sizes: Mapping[str, int] = _ONE_SAMPLE) -> dict[Node, int]:
+    """Return the multiply-accumulates of every node, in execution order; arguments as in `macs`."""
     known = {**_sample_sizes(program), **sizes}
     names = set(program.dynamic.values())
     extra = sorted(set(sizes) - names - {"batch"})
     if extra:
         raise UsageError(f"the program has no dynamic size {extra[0]!r}", f"known: {sorted(names)}")
     symbols = {symbol: known[name] for symbol, name in program.dynamic.items()}
-    return sum(_node_macs(node, symbols) for node in program.nodes())
+    return {node: _node_macs(node, symbols) for node in program.nodes()}
 
 
 def node_count(program: Program) -> int:

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 
-import torch
 from torch.fx import Node
 
-from effopt.attention import is_causal
-from effopt.axis_parts import dim_arg_of_list, slice_range
-from effopt.axis_rules import dim_arg, dims_arg, first, tensors
+from effopt import effect_rules as rules
+from effopt.axis_index import picked
+from effopt.axis_parts import margins
+from effopt.axis_rules import Places, dim_arg, first, named_dims
 from effopt.axis_table import family
-from effopt.program import is_tensor, shape
-from effopt.tokens import BROKEN, MAP, Effect, Kind, Range, Tokens
-
-aten = torch.ops.aten
+from effopt.effect_rules import Along, Always, order
+from effopt.program import is_tensor, shape, value
+from effopt.tokens import BROKEN, Effect, Kind, Range, Tokens
 
 
 def effect(node: Node, tokens: Tokens) -> Effect | None:
@@ -23,24 +22,38 @@ def effect(node: Node, tokens: Tokens) -> Effect | None:
     if node.op == "output":
         return Effect(Kind.EMIT)
     if node in tokens.axes.unknown:
-        return Effect(Kind.ORDER, tokens.axes.unknown[node])
+        return order(tokens.axes.unknown[node])
     kind = family(node)
     if kind not in EFFECTS:
-        return Effect(Kind.ORDER, f"{node.target} has no rule along tokens")
+        return order(_no_row(node))
     if kind != "view" and any(BROKEN in tokens.on(arg).values() for arg in operands):
-        return Effect(Kind.ORDER, "the tokens are laid out as a grid or mixed with another axis")
+        return order("the tokens are laid out as a grid or mixed with another axis")
     if reason := _mixes(node, kind, tokens):
-        return Effect(Kind.ORDER, reason)
+        return order(reason)
     return EFFECTS[kind](node, tokens)
+
+
+def _no_row(node: Node) -> str:
+    """Say why a family without a row stops here."""
+    if is_tensor(node) or isinstance(value(node), (tuple, list)):
+        return f"{node.target} has no rule along tokens"
+    return f"{node.target} computes a number from the tokens"
+
+
+def _acts_along(node: Node, kind: str) -> tuple[int, ...]:
+    """Return the dimensions along which an operator works: reduces, picks, orders or attends."""
+    row = EFFECTS[kind]
+    if isinstance(row, Along):
+        return row.places(node)
+    return ACTS_ALONG[kind](node) if kind in ACTS_ALONG else ()
 
 
 def _mixes(node: Node, kind: str, tokens: Tokens) -> str:
     """Say why an operator compares what each sample keeps by itself, or cuts it in the middle."""
-    if kind not in ACTS_ALONG:
+    places = _acts_along(node, kind)
+    if not places or not tokens.on(first(node)):
         return ""
-    x, places = first(node), ACTS_ALONG[kind](node)
-    if not is_tensor(x) or not tokens.on(x):
-        return ""
+    x = first(node)
     spots, dims = tokens.on(x), tokens.axes.of(x)
     rows = {n for n, dim in enumerate(dims) if set(dim) & set(tokens.batch)} - set(spots)
     if set(places) & rows:
@@ -53,145 +66,79 @@ def _mixes(node: Node, kind: str, tokens: Tokens) -> str:
     return ""
 
 
-def _map(node: Node, tokens: Tokens) -> Effect:
-    return MAP
-
-
-def _along(reason: str, places: Callable[[Node], tuple[int, ...]]) -> "EffectRule":
+def _along(reason: str, places: Places) -> Along:
     """Make the rule of operators that are MAP unless they work along the tokens."""
-
-    def rule(node: Node, tokens: Tokens) -> Effect:
-        spots = tokens.on(first(node))
-        return Effect(Kind.ORDER, reason) if set(places(node)) & set(spots) else MAP
-
-    return rule
+    return Along(reason, places)
 
 
-def _normalised(node: Node) -> tuple[int, ...]:
-    rank, given = len(shape(node)), node.args[1]
-    assert isinstance(given, (list, tuple))
-    return tuple(range(rank - len(given), rank))
-
-
-def _linear(node: Node, tokens: Tokens) -> Effect:
-    x, weight = tensors(node)[:2]
-    mixes = len(shape(x)) - 1 in tokens.on(x) or tokens.on(weight)
-    return Effect(Kind.ORDER, "a linear layer mixes the tokens") if mixes else MAP
-
-
-def _matmul(node: Node, tokens: Tokens) -> Effect:
-    left, right = tensors(node)[-2:]
-    inner = len(shape(left)) - 1 in tokens.on(left) or len(shape(right)) - 2 in tokens.on(right)
-    reason = "a product mixes the tokens outside of an attention call"
-    return Effect(Kind.ORDER, reason) if inner else MAP
-
-
-def _attention(node: Node, tokens: Tokens) -> Effect:
-    q, k = tensors(node)[:2]
-    place = len(shape(q)) - 2
-    if is_causal(node):
-        return Effect(Kind.ORDER, "causal attention depends on the order of the tokens")
-    if place in tokens.on(q) or place in tokens.on(k):
-        return Effect(Kind.ATTEND)
-    return MAP
-
-
-def _view(node: Node, tokens: Tokens) -> Effect:
-    after = tokens.on(node)
-    if BROKEN in after.values() or not after:
-        return Effect(Kind.ORDER, "a view cuts the tokens into a grid or windows")
-    return MAP
-
-
-def _reduction(node: Node, tokens: Tokens) -> Effect:
-    gone, spots = dims_arg(node, 1), tokens.on(first(node))
-    if not set(gone) & set(spots):
-        return MAP
-    pools = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
-    if node.target in pools and len(gone) == 1:
-        return Effect(Kind.POOL)
-    return Effect(Kind.ORDER, f"{node.target} over the tokens has no weighted form")
-
-
-def _select(node: Node, tokens: Tokens) -> Effect:
-    return Effect(Kind.PICK) if dim_arg(node, 1) in tokens.on(first(node)) else MAP
-
-
-def _slice(node: Node, tokens: Tokens) -> Effect:
-    if dim_arg(node, 1) not in tokens.on(first(node)):
-        return MAP
-    if slice_range(node)[2] != 1:
-        return Effect(Kind.ORDER, "every other token is taken")
-    return Effect(Kind.RANGE)
-
-
-def _join(node: Node, tokens: Tokens) -> Effect:
-    place = dim_arg_of_list(node)
-    if any(place in tokens.on(part) for part in tensors(node)):
-        return Effect(Kind.ORDER, "the tokens are joined with others")
-    return MAP
-
-
-def _embedding(node: Node, tokens: Tokens) -> Effect:
-    table = tensors(node)[0]
-    return Effect(Kind.ORDER, "a table is read by token place") if tokens.on(table) else MAP
-
-
-def _spatial(node: Node, tokens: Tokens) -> Effect:
-    beyond = set(tokens.on(first(node))) - {0}
-    return Effect(Kind.ORDER, "a convolution or pooling runs over the tokens") if beyond else MAP
-
-
-def _kernel(node: Node, tokens: Tokens) -> Effect:
-    return Effect(Kind.ORDER, "the tokens are reduced already by an earlier pass")
-
-
-def _create(node: Node, tokens: Tokens) -> Effect:
-    return Effect(Kind.ORDER, "a new tensor is made with sizes of its own")
-
-
-def _gather(node: Node, tokens: Tokens) -> Effect:
-    return Effect(Kind.ORDER, "tokens are gathered by an index")
-
-
-ACTS_ALONG: dict[str, Callable[[Node], tuple[int, ...]]] = {
-    "softmax": lambda node: (dim_arg(node, 1),),
-    "scan": lambda node: dims_arg(node, 1),
-    "reduction": lambda node: dims_arg(node, 1),
+ACTS_ALONG: dict[str, Places] = {
+    "reduction": named_dims,
     "select": lambda node: (dim_arg(node, 1),),
     "slice": lambda node: (dim_arg(node, 1),),
-    "unbind": lambda node: (dim_arg(node, 1),),
-    "pieces": lambda node: (dim_arg(node, 2),),
-    "roll": lambda node: dims_arg(node, 2),
+    "index": picked,
+    "gather": named_dims,
+    "scatter": named_dims,
+    "index-select": named_dims,
+    "write": named_dims,
     "attention": lambda node: (len(shape(first(node))) - 2,),
 }
-"""The dimensions along which a family works: reduces, picks, orders or attends."""
+"""The dimensions along which a family works, if its rule says more than MAP unless along them."""
 
 EffectRule = Callable[[Node, Tokens], Effect]
 EFFECTS: dict[str, EffectRule] = {
-    **dict.fromkeys(("pointwise", "cast", "permute", "transpose", "expand", "stack", "item"), _map),
-    "norm": _along("a norm runs over the tokens", _normalised),
-    "softmax": _along(
-        "a softmax over the tokens outside of an attention call", lambda n: (dim_arg(n, 1),)
+    **dict.fromkeys(("pointwise", "cast", "permute", "transpose", "reverse"), rules.each_token),
+    **dict.fromkeys(("movedim", "expand", "expand-like", "stack", "item"), rules.each_token),
+    "one-hot": rules.each_token,
+    "norm": _along("a norm runs over the tokens", rules.normalised),
+    "channel-norm": _along("every token has weights of its own", rules.weighted_channels),
+    "place-norm": _along("a norm runs over the tokens", lambda n: rules.all_places(n)[1:]),
+    "weight-norm": Always("the tokens are taken as weights"),
+    "softmax": _along("a softmax over the tokens outside of an attention call", named_dims),
+    "scan": _along("it depends on the order of the tokens", named_dims),
+    "triangle": _along("it depends on the order of the tokens", rules.last_places(2)),
+    "linear": rules.linear,
+    "matmul": rules.matmul,
+    "einsum": rules.einsum,
+    "outer": Always("a table is made of the tokens"),
+    "distance": rules.distance,
+    "attention": rules.attention,
+    "view": rules.view,
+    "view-like": rules.view,
+    "shuffle": _along("the tokens are laid out as another grid", rules.last_places(3)),
+    "pairs": _along("the tokens are taken as pairs", rules.last_places(1)),
+    "repeat": _along("the tokens are repeated", rules.repeated),
+    "copies": _along("the tokens are repeated", named_dims),
+    "reduction": rules.reduction,
+    "select": rules.select,
+    "slice": rules.slice_,
+    "narrow": _along("a range of the tokens is taken by its length", named_dims),
+    "join": rules.join,
+    "pad": _along("the tokens are padded", lambda n: tuple(margins(n))),
+    "write": rules.write,
+    "windows": _along("the tokens are cut into windows", lambda n: (dim_arg(n, 1),)),
+    "patches": _along("the tokens are cut into patches", rules.last_places(2)),
+    "unbind": _along("the tokens are taken apart", named_dims),
+    "pieces": _along("the tokens are split", named_dims),
+    "embedding": rules.embedding,
+    "gather": rules.gather,
+    "index": rules.index,
+    "index-select": rules.index_select,
+    "index-copy": Always("tokens are written at the places of an index"),
+    "index-put": rules.index_put,
+    "scatter": rules.scatter,
+    "masked-scatter": Always("tokens take their places by a mask"),
+    "buckets": rules.buckets,
+    "convolution": _along("a convolution or pooling runs over the tokens", rules.convolved),
+    "transposed": _along(
+        "a convolution or pooling runs over the tokens", lambda n: rules.all_places(n)[1:]
     ),
-    "scan": _along("it depends on the order of the tokens", lambda n: dims_arg(n, 1)),
-    "unbind": _along("the tokens are taken apart", lambda n: (dim_arg(n, 1),)),
-    "pieces": _along("the tokens are split", lambda n: (dim_arg(n, 2),)),
-    "roll": _along("the tokens are shifted", lambda n: dims_arg(n, 2)),
-    "linear": _linear,
-    "matmul": _matmul,
-    "attention": _attention,
-    "view": _view,
-    "reduction": _reduction,
-    "select": _select,
-    "slice": _slice,
-    "join": _join,
-    "embedding": _embedding,
-    "gather": _gather,
-    "convolution": _spatial,
-    "grid": _spatial,
-    "kernel": _kernel,
-    "create": _create,
+    "grid": _along("a convolution or pooling runs over the tokens", rules.pooled),
+    "renewed": _along("the tokens are sorted, compared or transformed", named_dims),
+    "roll": _along("the tokens are shifted", lambda n: named_dims(n, "dims")),
+    "size": rules.size,
+    "create": Always("a new tensor is made with sizes of its own"),
+    "meshgrid": Always("a grid is made of the tokens"),
+    "kernel": Always("the tokens are reduced already by an earlier pass"),
 }
 """Family → what it does along the tokens. A family without a row blocks every site before it."""
 

@@ -1,43 +1,182 @@
-"""An explanation as tables for a terminal."""
+"""An explanation as text for a terminal: what holds of many blocks alike is said once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
+from effopt.collapse import alike, bare, braced, ranges, starred
+from effopt.explain_records import (
+    AxisRow,
+    CallRow,
+    ExitRow,
+    GroupRow,
+    SiteRow,
+    UnknownRow,
+)
+from effopt.explain_words import (
+    Refusals,
+    attention,
+    first_of,
+    heads,
+    masked,
+    outputs,
+    over,
+    protected,
+    spot,
+)
+from effopt.plain import clean, count_text
 from effopt.report_text import plain_table
+from effopt.rules_table import RuleRow
 
 if TYPE_CHECKING:
-    from effopt.explanation import AxisRow, Explanation
+    from effopt.explanation import Explanation
+
+_INDENT = 17
+"""The column at which facts begin, behind their names."""
+
+_SHOWN = 3
+"""How many operators of a family are named."""
+
+Entry = tuple[str, Sequence[str]]
+"""A name at the left and the lines beside it."""
+
+Numbered = SiteRow | CallRow | ExitRow
 
 
 def render(found: "Explanation", width: int) -> str:
     """Write an explanation in at most `width` columns."""
-    head = f"{found.model}: {found.operators} operators, {found.attention} attention calls"
-    parts = [head]
-    if not found.axes:
-        parts.append("no self-attention was found, so nothing counts tokens")
-    for axis in found.axes:
-        parts.append(_axis(axis))
-        parts.append(
-            plain_table("", ("block", "where", "tokens may leave"), list(_sites(axis)), width)
-        )
-    if found.unknown:
-        rows = [(row.node, row.path or row.source, row.reason) for row in found.unknown]
-        parts.append(plain_table("Not understood", ("operator", "where", "why"), rows, width))
-    return "\n\n".join(part for part in parts if part)
-
-
-def _axis(axis: "AxisRow") -> str:
-    ends = f"{axis.prefix} at the front" + (f", {axis.suffix} at the end" if axis.suffix else "")
-    lines = [
-        f"{axis.name}: {axis.size} tokens, protected: {ends}",
-        f"  padding mask: {'yes' if axis.padding else 'no'}",
-        f"  merge-tokens: {axis.merging or 'yes'}",
-        f"  prune-tokens: {axis.pruning or 'yes'}",
+    refusals = Refusals(found)
+    parts = [
+        _head(found, width),
+        *(_axis(axis, refusals, width) for axis in found.axes),
+        "" if found.axes else "No self-attention was found: no axis is known to count tokens.",
+        _section("Attention calls", _calls(found), width),
+        _section("Exits: behind these blocks, one value carries everything", _exits(found), width),
+        _section("Groups: linear layers that read one value", _groups(found.groups), width),
+        _section("Operators that were not understood", _unknown(found), width),
+        _reasons(refusals, width),
     ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(title: str, entries: Iterable[Entry], width: int) -> str:
+    """Write entries: each has a name at the left and lines beside it; "" where there are none."""
+    lines = [
+        _filled(f"  {'' if place else name}".ljust(_INDENT), words, width)
+        for name, texts in entries
+        for place, words in enumerate(texts)
+    ]
+    return "\n".join([title, *lines]) if lines else ""
+
+
+def _reasons(refusals: Refusals, width: int) -> str:
+    """Write every refusal: why, where, and what to do."""
+    lines = list[str]()
+    for number, reason, places, remedy in refusals.rows():
+        lines.append(_filled(f"{number:>3}  ", reason, width))
+        lines += [_filled("     at  ", places, width)] if places else []
+        lines += [_filled("     do  ", remedy, width)] if remedy else []
+    return "\n".join(["Refusals", *lines]) if lines else ""
+
+
+def _filled(begin: str, words: str, width: int) -> str:
+    return fill(clean(words), width, initial_indent=begin, subsequent_indent=" " * len(begin))
+
+
+def _head(found: "Explanation", width: int) -> str:
+    count = count_text(found.parameters, "").strip()
+    lines = [clean(found.model), f"  {count} parameters, {found.operators} operators"]
+    for row in found.inputs:
+        sizes = ", ".join(map(str, row.shape))
+        lines.append(_filled("  input ", f"{row.name} [{sizes}] {row.dtype}", width))
     return "\n".join(lines)
 
 
-def _sites(axis: "AxisRow") -> Iterator[tuple[str, str, str]]:
-    for site in axis.sites:
-        state = "yes" if site.usable else f"no: {site.reason} ({site.node}). {site.remedy}"
-        yield str(site.block), site.path, state
+def _axis(axis: AxisRow, refusals: Refusals, width: int) -> str:
+    lines = [clean(f"{axis.name}: {axis.size} tokens")]
+    for name, words in _facts(axis, refusals):
+        lines.append(_filled(f"  {name}".ljust(_INDENT), words, width))
+    return "\n".join(lines)
+
+
+def _facts(axis: AxisRow, refusals: Refusals) -> Iterator[tuple[str, str]]:
+    if axis.made_by.node:
+        yield "made by", spot(axis.made_by)
+    yield "protected", protected(axis)
+    yield "outputs", outputs(axis)
+    yield "attention", attention(axis)
+    for name, tried in axis.techniques.items():
+        yield name, "possible" if not tried.refusal else f"no, see {refusals.number(tried.refusal)}"
+    states = alike(axis.sites, lambda s: refusals.number(s.refusal) if s.refusal else 0)
+    for place, (number, sites) in enumerate(states):
+        verdict = f"no, see {number}" if number else "tokens may leave"
+        yield "" if place else "sites", f"{_blocks(sites)}: {verdict}"
+
+
+def _blocks(rows: Sequence[Numbered]) -> str:
+    numbers = ranges(row.block for row in rows)
+    return f"block{'s' if len(rows) > 1 else ''} {numbers}"
+
+
+def _calls(found: "Explanation") -> Iterator[Entry]:
+    for (_, facts), rows in alike(found.calls, _call_key):
+        paths = starred([row.place.path or row.place.node for row in rows])
+        yield _blocks(rows), (paths, facts)
+
+
+def _call_key(row: CallRow) -> tuple[str, str]:
+    path = bare(row.place.path) or row.place.operator
+    return path, f"{over(row)}, {heads(row)}, {masked(row)}"
+
+
+def _exits(found: "Explanation") -> Iterator[Entry]:
+    groups = alike(found.exits, lambda row: (bare(row.place.path), row.place.operator))
+    for (_, operator), rows in groups:
+        shares = [f"{100 * row.share:.0f} %" for row in rows if row.share is not None]
+        path = starred([row.place.path or row.place.node for row in rows])
+        work = (f"{_span(shares)} of the work is done by then",) if shares else ()
+        yield _blocks(rows), (f"{path} ({operator})", *work)
+    if found.calls and not found.exits:
+        yield "none", ("several values are needed behind every block",)
+
+
+def _span(shares: Sequence[str]) -> str:
+    few = len(shares) < _INDENT // 2
+    return ", ".join(shares) if few else f"{', '.join(shares[:2])}, ... {shares[-1]}"
+
+
+def _groups(groups: Sequence[GroupRow]) -> Iterator[Entry]:
+    shared = [row for row in groups if len(row.linears) > 1]
+    for _, rows in alike(shared, _group_key):
+        layers = [starred(list(column)) for column in zip(*(r.linears for r in rows), strict=True)]
+        read = starred([row.producer.path or row.producer.node for row in rows])
+        yield f"{len(rows)} x", (braced(layers), f"read {rows[0].family} {read}")
+    if rest := len(groups) - len(shared):
+        yield f"{rest} x", ("one layer alone reads its value",)
+
+
+def _group_key(row: GroupRow) -> tuple[str, str, tuple[str, ...]]:
+    path = bare(row.producer.path) or row.producer.operator
+    return row.family, path, tuple(bare(linear) for linear in row.linears)
+
+
+def _unknown(found: "Explanation") -> Iterator[Entry]:
+    def key(row: UnknownRow) -> tuple[str, str, str]:
+        return bare(row.place.path), row.place.operator, row.reason
+
+    for (_, _, reason), rows in alike(found.unknown, key):
+        yield f"{len(rows)} x", (reason, f"at {first_of([row.place for row in rows])}")
+
+
+def rules_text(rows: Sequence[RuleRow]) -> str:
+    """Write the table of families."""
+    cells = [
+        (row.family or "-", _few(row.operators), f"{row.axes}\n  tokens: {row.effect}")
+        for row in rows
+    ]
+    return plain_table("Axis rules", ("family", "operators", "to axes, along tokens"), cells)
+
+
+def _few(operators: Sequence[str]) -> str:
+    more = len(operators) - _SHOWN
+    return ", ".join(operators[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,69 +1,51 @@
 """explain: what can be done to a model, where, and why not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from effopt.axes import find_axes
+from effopt import explain_rows as rows
 from effopt.capture import capture
-from effopt.masks import find_padding
-from effopt.pipeline import Pipeline
-from effopt.program import Program, module_path, source_line, where
+from effopt.cost import node_count
+from effopt.errors import EffoptError
+from effopt.explain_records import (
+    AxisRow,
+    CallRow,
+    ExitRow,
+    GroupRow,
+    InputRow,
+    Refusal,
+    UnknownRow,
+)
+from effopt.pipeline import Pipeline, Progress
+from effopt.program import Program, is_tensor
 from effopt.recipe import steps_of
-from effopt.sites import Site, TokenAxis, find_tokens
-from effopt.tokens import Kind
 
-
-@dataclass(frozen=True)
-class SiteRow:
-    """One block: where tokens may leave, or the reason why not and what to do."""
-
-    block: int
-    path: str
-    node: str
-    usable: bool
-    reason: str = ""
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class AxisRow:
-    """One token axis. `size` is a number or a name; `effects` counts operators by effect."""
-
-    name: str
-    size: str
-    prefix: int
-    suffix: int
-    picks: tuple[int, ...]
-    padding: bool
-    merging: str
-    pruning: str
-    effects: dict[str, int]
-    sites: tuple[SiteRow, ...]
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """An operator that the axis analysis could not follow."""
-
-    node: str
-    path: str
-    source: str
-    reason: str
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What effopt found in a model."""
+    """What effopt found in a model, in its normal form.
+
+    `attention` counts the attention calls. `refused` says which steps of the normal form, and
+    which parts of this answer, were left out.
+    """
 
     model: str
+    parameters: int
     operators: int
     attention: int
+    inputs: tuple[InputRow, ...]
     axes: tuple[AxisRow, ...]
-    unknown: tuple[Unknown, ...]
+    calls: tuple[CallRow, ...]
+    exits: tuple[ExitRow, ...]
+    groups: tuple[GroupRow, ...]
+    unknown: tuple[UnknownRow, ...]
+    refused: tuple[Refusal, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON types."""
@@ -76,6 +58,12 @@ class Explanation:
 
         return render(self, width)
 
+    def svg(self) -> str:
+        """Return a picture of the blocks on each token axis: one SVG file."""
+        from effopt.explain_svg import render
+
+        return render(self)
+
 
 def explain(
     model: nn.Module | ExportedProgram,
@@ -83,53 +71,62 @@ def explain(
     *,
     dynamic: Sequence[str] = ("batch",),
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Explanation:
     """Capture a model, bring it to its normal form, and say what can be done to it.
 
-    Arguments as in `effopt.optimize`; raises UsageError and CaptureError as it does.
+    Arguments as in `effopt.optimize`; raises UsageError and CaptureError as it does. Whatever can
+    be captured is explained: what fails then is told in `Explanation.refused`.
     """
+    tell = progress or (lambda stage: None)
+    tell("capture")
     captured = capture(model, example_inputs, dynamic=dynamic, seed=seed)
-    program, _ = Pipeline(steps_of("exact")).run(captured)
-    calls = sum("scaled_dot_product_attention" in str(n.target) for n in program.nodes())
-    unknown = program.get(find_axes).unknown
+    asked = _Questions(captured, tell)
     return Explanation(
         model=type(model).__name__,
-        operators=sum(node.op == "call_function" for node in program.nodes()),
-        attention=calls,
-        axes=tuple(_axis_row(program, axis) for axis in program.get(find_tokens)),
-        unknown=tuple(
-            Unknown(node.name, module_path(node), source_line(node), reason)
-            for node, reason in unknown.items()
-        ),
+        parameters=_parameters(captured),
+        operators=node_count(asked.program),
+        inputs=rows.input_rows(captured),
+        axes=asked.about("token axes", rows.axis_rows),
+        calls=(calls := asked.about("attention calls", rows.call_rows)),
+        attention=len(calls),
+        exits=asked.about("exits", rows.exit_rows),
+        groups=asked.about("groups", rows.group_rows),
+        unknown=asked.about("unknown operators", rows.unknown_rows),
+        refused=tuple(asked.refused),
     )
 
 
-def _axis_row(program: Program, axis: TokenAxis) -> AxisRow:
-    kinds = [found.kind.value for found in axis.effects.values()]
-    padding = find_padding(axis)
-    sites = tuple(_site_row(site) for site in axis.sites)
-    usable = any(site.usable for site in sites)
-    none = "" if usable else "no usable site"
-    return AxisRow(
-        name=axis.name,
-        size=str(axis.size) if isinstance(axis.size, int) else _size_name(program, axis),
-        prefix=axis.prefix,
-        suffix=axis.suffix,
-        picks=axis.picks,
-        padding=padding.mask is not None,
-        merging=none or (str(padding.refusal) if padding.refusal else ""),
-        pruning=none or ("" if axis.picks else "no output picks a class token"),
-        effects={kind.value: kinds.count(kind.value) for kind in Kind if kind.value in kinds},
-        sites=sites,
-    )
+class _Questions:
+    """Questions about one program; one that cannot be answered leaves a refusal."""
+
+    def __init__(self, captured: Program, tell: Callable[[str], None]) -> None:
+        self.program = captured
+        self.refused: list[Refusal] = []
+        self._tell = tell
+        for step in steps_of("exact"):
+            tell(step.run.name)
+            found = self._ask(step.run.name, Pipeline([step]).run)
+            self.program = self.program if found is None else found[0]
+
+    def about(self, subject: str, find: Callable[[Program], tuple[T, ...]]) -> tuple[T, ...]:
+        """Return the rows on a subject, none where they cannot be found."""
+        self._tell(subject)
+        return self._ask(subject, find) or ()
+
+    def _ask(self, work: str, find: Callable[[Program], T]) -> T | None:
+        try:
+            return find(self.program)
+        except EffoptError as error:
+            refusal = Refusal.of(error)
+        except Exception as error:  # noqa: BLE001 - an answer with a gap is better than none
+            refusal = rows.defect(work, error)
+        self.refused.append(refusal)
+        return None
 
 
-def _size_name(program: Program, axis: TokenAxis) -> str:
-    return program.dynamic.get(str(axis.size), str(axis.size))
-
-
-def _site_row(site: Site) -> SiteRow:
-    if site.refusal is None:
-        return SiteRow(site.block, site.path, where(site.node), True)
-    refusal = site.refusal
-    return SiteRow(site.block, site.path, refusal.node, False, refusal.reason, refusal.remedy)
+def _parameters(program: Program) -> int:
+    """Count the numbers that were learned; shared ones once."""
+    weights = [program.weight(n) for n in program.nodes() if n.op == "get_attr" and is_tensor(n)]
+    learned = {id(held): held.numel() for held in weights if isinstance(held, nn.Parameter)}
+    return sum(learned.values())

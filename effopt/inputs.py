@@ -1,4 +1,4 @@
-"""Example inputs: read from what the user gives, or drawn from a Hugging Face config."""
+"""Example inputs, as the user gives them: arguments of forward, and what counts rows in them."""
 
 import contextlib
 import inspect
@@ -12,17 +12,22 @@ from torch.utils import _pytree as pytree
 
 from effopt.errors import UsageError
 
-_FORMS = "pass a tensor, a tuple of positional or a dict of keyword arguments, or (args, kwargs)"
+FORMS = "pass a tensor, a tuple of positional or a dict of keyword arguments, or (args, kwargs)"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Positional and keyword arguments, with the sizes that count rows and tokens in them."""
+    """Positional and keyword arguments, with the sizes that count rows and tokens in them.
+
+    `of_table` says that a table of integers gave the length: then floating values with channels
+    (features of an image beside a text) do not have it, even if the sizes agree.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     batch: int | None
     length: int | None
+    of_table: bool = True
 
     def leaves(self) -> list[Any]:
         """Return all leaves in the order in which torch.export takes them."""
@@ -65,7 +70,10 @@ class Inputs:
         return leaf.ndim > 0 and leaf.shape[0] == self.batch
 
     def _has_length(self, leaf: Tensor) -> bool:
-        return leaf.ndim == 2 and self._has_batch(leaf) and leaf.shape[1] == self.length
+        if leaf.ndim not in (2, 3) or leaf.shape[0] not in (self.batch, 1):
+            return False
+        features = leaf.ndim == 3 and leaf.is_floating_point()
+        return leaf.shape[1] == self.length and not (features and self.of_table)
 
 
 def _explicit(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> inspect.Signature:
@@ -115,16 +123,21 @@ def spelled_out(model: nn.Module, inputs: Inputs) -> Iterator[inspect.Signature]
 def read_inputs(given: object) -> Inputs:
     """Tell positional from keyword arguments and check that there is a tensor among them.
 
-    The batch is the first dimension of the first tensor; the length is the second dimension of
-    the first integer [batch, length] table. Raises UsageError for anything else.
+    The batch is the first dimension of the first tensor that has one. The length is the second
+    dimension of the first [batch, length] table of integers or, with none, of the first
+    [batch, length, channels] tensor. Tensors of other sizes there (one row of positions for all
+    texts, more images than texts, a target of another length) keep the sizes that they have.
+    Raises UsageError for anything else.
     """
     args, kwargs = _split(given)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors:
-        raise UsageError(f"no tensor among the example inputs ({type(given).__name__})", _FORMS)
-    batch = tensors[0].shape[0] if tensors[0].ndim else None
+        raise UsageError(f"no tensor among the example inputs ({type(given).__name__})", FORMS)
+    batch = next((t.shape[0] for t in tensors if t.ndim), None)
     tables = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
-    return Inputs(args, kwargs, batch, tables[0].shape[1] if tables else None)
+    values = [t for t in tensors if t.ndim == 3 and t.shape[0] == batch]
+    source = next(iter(tables or values), None)
+    return Inputs(args, kwargs, batch, None if source is None else source.shape[1], bool(tables))
 
 
 def _split(given: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -133,44 +146,8 @@ def _split(given: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(given, Mapping):
         return (), dict(given)
     if not isinstance(given, (tuple, list)):
-        raise UsageError(f"example inputs cannot be a {type(given).__name__}", _FORMS)
+        raise UsageError(f"example inputs cannot be a {type(given).__name__}", FORMS)
     match given:
         case [tuple() | list() as args, Mapping() as kwargs]:
             return tuple(args), dict(kwargs)
     return tuple(given), {}
-
-
-def example_inputs_of(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Draw inputs for a Hugging Face model from its config (two rows, the second one padded)."""
-    config = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    table = {"pixel_values": _images, "input_ids": _tokens}
-    if config is None or main not in table:
-        raise UsageError(
-            f"example inputs are needed: {type(model).__name__} has no config to infer them from",
-            _FORMS,
-        )
-    return table[main](model, config, torch.Generator().manual_seed(seed))
-
-
-def _images(model: nn.Module, config: Any, draw: torch.Generator) -> dict[str, Tensor]:
-    size = getattr(config, "image_size", None)
-    if size is None:
-        raise UsageError("the config names no image_size", _FORMS)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    channels = int(getattr(config, "num_channels", 3))
-    return {"pixel_values": torch.randn(2, channels, height, width, generator=draw)}
-
-
-def _tokens(model: nn.Module, config: Any, draw: torch.Generator) -> dict[str, Tensor]:
-    """Draw token ids; the last quarter of the second row is padding, as in batches of texts."""
-    pad = int(getattr(config, "pad_token_id", None) or 0)
-    # Models that number positions from the pad id on (RoBERTa) take that many tokens fewer.
-    length = min(128, int(getattr(config, "max_position_embeddings", 128)) - pad - 1)
-    ids = torch.randint(pad + 1, int(config.vocab_size), (2, length), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[1, length - length // 4 :] = 0
-    inputs = {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    return inputs

@@ -1,17 +1,19 @@
-"""What the attention masks of a token axis say about padding, and if sizes can replace them."""
+"""What the attention masks of a token axis hide and add, and if sizes can replace them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from effopt.attention import mask_of
+from effopt.attention import is_causal, mask_of
 from effopt.axes import same_size
-from effopt.axis_parts import depends_on_input
 from effopt.axis_rules import tensors
+from effopt.axis_table import family
 from effopt.errors import PreconditionError
-from effopt.program import shape, value, where
+from effopt.program import is_tensor, shape, value, where
 from effopt.sites import TokenAxis
 from effopt.tokens import Kind
 
@@ -24,6 +26,85 @@ SEEN_THROUGH = (
 )
 LOW = -1e4
 """A mask value at or below this (as in half precision's -65504) is meant as minus infinity."""
+
+AND = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
+CHOICES = (aten.where.self, aten.where.ScalarOther, aten.where.Scalar)
+ACTIVATIONS = ("linear", "matmul", "embedding", "convolution", "norm", "attention")
+"""Families whose results are learned features: no mask value comes out of them."""
+
+
+@dataclass(frozen=True)
+class MaskParts:
+    """A mask as conditions (True = attend), all of which must hold, and biases that add up."""
+
+    seen: tuple[Node, ...] = ()
+    added: tuple[Node, ...] = ()
+
+
+def parts_of(mask: Node | None) -> MaskParts:
+    """Take a mask apart at its conjunctions, sums and choices between a bias and -infinity."""
+    seen, added = list[Node](), list[Node]()
+    todo = [] if mask is None else [mask]
+    while todo:
+        part = todo.pop()
+        if _keeps_rank(part) or part.target in AND or _is_sum(part):
+            todo += reversed([arg for arg in part.args[:2] if isinstance(arg, Node)])
+        elif part.target in CHOICES and is_low(part.args[2]):
+            condition, kept = part.args[:2]
+            todo += [arg for arg in (kept, condition) if isinstance(arg, Node)]
+        elif value(part).dtype == torch.bool:
+            seen.append(part)
+        elif number_in(part) != 0:
+            added.append(part)
+    return MaskParts(tuple(dict.fromkeys(seen)), tuple(added))
+
+
+def _keeps_rank(part: Node) -> bool:
+    """Tell whether a node only repeats dimensions of size 1, which broadcasting does as well."""
+    inner = part.args[0] if part.args else None
+    spreads = part.target is aten.expand.default and is_tensor(inner)
+    return spreads and len(shape(inner)) == len(shape(part))  # type: ignore[arg-type]
+
+
+def _is_sum(part: Node) -> bool:
+    return part.target is aten.add.Tensor and not part.kwargs
+
+
+def number_in(arg: Any) -> float | None:
+    """Return the one number that all elements of an argument are, or None."""
+    if isinstance(arg, (int, float)):
+        return float(arg)
+    if not isinstance(arg, Node):
+        return None
+    if arg.target in FILLED:
+        return FILLED[arg.target]
+    if arg.target in FILLED_BY:
+        number = arg.args[FILLED_BY[arg.target]]
+        return float(number) if isinstance(number, (int, float)) else None
+    held = constant_value(arg) if arg.op == "get_attr" else None
+    if held is None or not held.numel():
+        return None
+    first = held.flatten()[0]
+    return float(first) if bool((held == first).all()) else None
+
+
+FILLED: dict[Any, float] = {
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1.0),
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0.0),
+}
+"""Operators that make a tensor of one number, and which."""
+
+FILLED_BY = {
+    **dict.fromkeys((aten.full.default, aten.full_like.default), 1),
+    aten.scalar_tensor.default: 0,
+}
+"""Operators that make a tensor of one number, and which argument says it."""
+
+
+def is_low(arg: Any) -> bool:
+    """Tell whether an argument is one number that a mask means as minus infinity."""
+    number = number_in(arg)
+    return number is not None and number <= LOW
 
 
 @dataclass(frozen=True)
@@ -41,15 +122,16 @@ def find_padding(axis: TokenAxis) -> Padding:
     """Find the padding mask that all attention calls over the axis share."""
     calls = [node for node, found in axis.effects.items() if found.kind is Kind.ATTEND]
     own = [call for call in calls if _keys_on(axis, call)]
-    masks = {call: mask_of(call) for call in own}
-    for call, mask in masks.items():
-        if mask is not None and (reason := _unmergeable(axis, mask)):
+    vectors = list[Node | None]()
+    for call in own:
+        parts = parts_of(mask_of(call))
+        if reason := _unmergeable(axis, call, parts):
             return Padding(refusal=_refuse(call, reason))
-    vectors = {call: mask for call, mask in masks.items() if _is_vector(axis, mask)}
-    if len(set(vectors.values())) > 1 or (vectors and len(vectors) < len(masks)):
+        vectors.append(next(iter(parts.seen), None))
+    if len({vector and _origin(vector) for vector in vectors}) > 1:
         reason = "the attention calls over these tokens do not share one padding mask"
         return Padding(refusal=_refuse(own[0], reason))
-    return Padding(next(iter(vectors.values()), None))
+    return Padding(next(iter(vectors), None))
 
 
 def _refuse(call: Node, reason: str) -> PreconditionError:
@@ -62,29 +144,58 @@ def _keys_on(axis: TokenAxis, call: Node) -> bool:
     return len(shape(keys)) - 2 in axis.tokens.on(keys)
 
 
-def _is_vector(axis: TokenAxis, mask: Node | None) -> bool:
-    """Tell whether a mask is boolean and hides keys alone, the same for all heads."""
-    if mask is None or value(mask).dtype != torch.bool:
-        return False
-    return set(axis.tokens.on(mask)) == {len(shape(mask)) - 1}
-
-
-def _unmergeable(axis: TokenAxis, mask: Node) -> str:
+def _unmergeable(axis: TokenAxis, call: Node, parts: MaskParts) -> str:
     """Say why merged tokens cannot be given a place in a mask, or ""."""
-    if value(mask).dtype == torch.bool:
-        if len(axis.tokens.on(mask)) > 1:
-            return "a boolean mask that differs from query to query has no merged form"
-        sizes = shape(mask)
-        batched = len(sizes) == 4 and not same_size(sizes[0], 1)
-        if not batched or not (same_size(sizes[1], 1) and same_size(sizes[2], 1)):
+    if is_causal(call):
+        return "attention is causal, and a merged token would show what comes later"
+    for part in parts.seen:
+        if len(axis.tokens.on(part)) > 1:
+            return "a mask that differs from query to query has no merged form"
+        if not _is_vector(axis, part):
             return "a boolean mask that is not [batch, 1, 1, tokens] has no merged form"
-        return ""
-    if depends_on_input(mask):
-        return "an additive mask made from inputs may hide tokens, which sizes cannot show"
-    fixed = constant_value(mask)
-    if fixed is None:
-        return "an additive mask of unknown values may hide tokens, which sizes cannot show"
-    return "an additive mask hides tokens, which sizes cannot show" if fixed.min() <= LOW else ""
+    if len({_origin(part) for part in parts.seen}) > 1:
+        return "two masks hide tokens, and one size cannot stand for both"
+    return next((reason for part in parts.added if (reason := _may_hide(part))), "")
+
+
+def _is_vector(axis: TokenAxis, mask: Node) -> bool:
+    """Tell whether a condition is [B, 1, 1, N]: it hides keys alone, the same for all heads."""
+    sizes = shape(mask)
+    if set(axis.tokens.on(mask)) != {len(sizes) - 1} or len(sizes) != 4:
+        return False
+    return not same_size(sizes[0], 1) and all(same_size(size, 1) for size in sizes[1:3])
+
+
+def _may_hide(bias: Node) -> str:
+    """Say why a bias may hide tokens in place of weighing them, or ""."""
+    fixed = constant_value(bias)
+    if fixed is not None:
+        hides = bool(fixed.numel()) and bool(fixed.min() <= LOW)
+        return "an additive mask hides tokens, which sizes cannot show" if hides else ""
+    for node in _mask_like(bias):
+        if node.op == "placeholder" and value(node).is_floating_point():
+            return "an additive mask made from inputs may hide tokens, which sizes cannot show"
+        if node.op == "get_attr" and is_tensor(node):
+            held = constant_value(node)
+            low = held is not None and bool(held.numel()) and bool(held.min() <= LOW)
+        else:
+            low = any(isinstance(arg, (int, float)) and arg <= LOW for arg in node.args)
+        if low:
+            return "an additive mask of unknown values may hide tokens, which sizes cannot show"
+    return ""
+
+
+def _mask_like(bias: Node) -> Iterator[Node]:
+    """Iterate over what a bias is made of, up to learned features."""
+    todo, known = [bias], set[Node]()
+    while todo:
+        node = todo.pop()
+        if node in known or not is_tensor(node):
+            continue
+        known.add(node)
+        yield node
+        if family(node) not in ACTIVATIONS:
+            todo += node.all_input_nodes
 
 
 def constant_value(node: Node) -> torch.Tensor | None:

@@ -12,15 +12,16 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument, map_arg
 
-from effopt.attention import mask_of, qkv_of, scale_of, with_mask
+from effopt.attention import is_causal, mask_of, qkv_of, scale_of, with_mask
 from effopt.axis_rules import dims_arg, tensors
 from effopt.edit import Edit
 from effopt.errors import PreconditionError, VerificationError
+from effopt.kernel import kernel
 from effopt.lift import LEAVE_OUT, Lift, covers, layout, lengths_of, to_rows, to_stream
-from effopt.masks import comes_from, find_padding
+from effopt.masks import comes_from, find_padding, parts_of
 from effopt.mend_rules import SIZES, pick_args, pool, slice_args
 from effopt.program import shape, value, where
-from effopt.restore import restore
+from effopt.restore import Restore
 from effopt.sites import Site, TokenAxis
 from effopt.state import Point, Reducer, Reduction, State
 from effopt.tokens import Kind, Range
@@ -59,6 +60,8 @@ class _Walk:
         self.sites = {site.node: (site, reducer) for site, reducer in reducers.items()}
         self.state = State(axis, find_padding(axis).mask)
         self.lift = Lift(edit, self.state)
+        self.restored = Restore(edit, self.state)
+        self.counted: list[Node] = []
 
     def visit(self, node: Node) -> None:
         """Mend one node if an operand has been reduced; then reduce here if this is a site."""
@@ -66,20 +69,30 @@ class _Walk:
         if epoch:
             self.state.remember(node)
             with self.edit.before(node):
-                self._mend(node, epoch)
+                if self.axis.is_whole(node) or self.axis.effects[node].kind is Kind.EMIT:
+                    self._restore(node)
+                else:
+                    self._mend(node, epoch)
         if node in self.sites:
             self._reduce(*self.sites[node])
 
     def _mend(self, node: Node, epoch: int) -> None:
-        kind = self.axis.effects[node].kind
-        if kind is Kind.ORDER:
-            reason = self.axis.effects[node].reason
-            raise PreconditionError(where(node), reason, LEAVE_OUT)
-        if kind is Kind.EMIT:
-            self._emit(node)
-            return
         # What an operator yields is at the operands' epoch; it is rewritten in place.
-        MENDS[kind](self, node, epoch)
+        MENDS[self.axis.effects[node].kind](self, node, epoch)
+
+    def _restore(self, node: Node) -> None:
+        """Give an operator, or the outputs, every token back: what follows is as it was."""
+
+        def whole(arg: Node) -> Node:
+            reduced = self.state.carries(arg) and self.state.latest(arg)
+            return self.restored(arg) if reduced else arg
+
+        args, kwargs = map_arg(node.args, whole), map_arg(node.kwargs, whole)
+        if node.op != "output":
+            self.edit.update(node, *args, **kwargs)
+            return
+        node.args = args
+        self.edit.count += 1
 
     def _operands(self, node: Node, epoch: int) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
         """Return the arguments with every value that carries tokens at the epoch."""
@@ -114,15 +127,15 @@ class _Walk:
         on_keys = self.state.carries(keys) and len(shape(keys)) - 2 in self.axis.tokens.on(keys)
         size = self.state.sizes[epoch] if on_keys else None
         if size is None:
-            carried = mask is not None and self.state.carries(mask)
-            return self.lift(mask, node, epoch) if mask is not None and carried else mask
-        own = None if mask is self.state.padding else mask
-        if own is not None and self.state.carries(own):
-            own = self.lift(own, node, epoch)
+            return self._lifted(mask, node, epoch) if mask is not None else None
         bias = self._log_size(size, epoch, value(keys).dtype)
-        if own is None or bias is None:
-            return bias if own is None else own
-        return self.edit.call(aten.add.Tensor, own, bias)
+        for part in parts_of(mask).added:
+            own = self._lifted(part, node, epoch)
+            bias = own if bias is None else self.edit.call(aten.add.Tensor, own, bias)
+        return bias
+
+    def _lifted(self, mask: Node, node: Node, epoch: int) -> Node:
+        return self.lift(mask, node, epoch) if self.state.carries(mask) else mask
 
     def _log_size(self, size: Node, epoch: int, dtype: torch.dtype) -> Node | None:
         """Return log size [B, 1, 1, K], made once an epoch; without sizes it only hides padding."""
@@ -182,17 +195,6 @@ class _Walk:
         self.edit.update(node, x, *slice_args(node, self.axis))
         self.state.put(node, epoch, node)
 
-    def _emit(self, node: Node) -> None:
-        outputs = node.args[0]
-        assert isinstance(outputs, (tuple, list))
-        node.args = (tuple(self._whole(out) if isinstance(out, Node) else out for out in outputs),)
-        self.edit.count += 1
-
-    def _whole(self, out: Node) -> Node:
-        if not self.state.carries(out) or not self.state.latest(out):
-            return out
-        return restore(self.edit, self.state, out)
-
     def _reduce(self, site: Site, reducer: Reducer) -> None:
         """Let the pass choose tokens at a site, and note the new value of the residual stream."""
         count = len(self.state.reductions)
@@ -207,13 +209,16 @@ class _Walk:
             rows = reduction.combine(self.edit, point.x)
             x = to_stream(self.edit, rows, site.places)
             self.state.add(reduction, lengths_of(self.edit, rows, 1))
+            taken = reduction.size or self.edit.call(
+                kernel("gather_tokens").op, point.size, reduction.kept, 1
+            )
+            self.counted.append(taken)
             self.state.put(site.node, count + 1, x)
 
     def _point(self, site: Site, count: int) -> Point:
         x = to_rows(self.edit, self.state.at(site.node, count), site.places)
-        size = self.state.sizes[count]
-        if count == 0:
-            size = self._first_size(x)
+        if not self.counted:
+            self.counted.append(self._first_size(x))
         query, key, _ = qkv_of(site.attention)
         return Point(
             edit=self.edit,
@@ -222,7 +227,8 @@ class _Walk:
             key=key,
             bias=mask_of(site.attention),
             scale=scale_of(site.attention),
-            size=size,
+            causal=is_causal(site.attention),
+            size=self.counted[count],
             length=shape(x)[1],
             prefix=self.axis.prefix,
             suffix=self.axis.suffix,

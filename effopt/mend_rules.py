@@ -95,6 +95,7 @@ def size_node(edit: Edit, size: Any) -> Node:
 SIZES: dict[Any, SizeRule] = {
     aten.reshape.default: _sizes(1, lambda node: 0),
     aten.expand.default: _sizes(1, lambda node: 0),
+    aten.broadcast_to.default: _sizes(1, lambda node: 0),
     aten.unflatten.int: _sizes(2, lambda node: dim_arg(node, 1)),
 }
 """Operators that name the sizes of their result."""

@@ -1,6 +1,7 @@
 """Program: a captured model as an ATen graph that passes rewrite and backends lower."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ class Program:
     `samples` are example inputs (flat, as captured); `dynamic` maps the name of each symbol of
     the graph to the name that the signature uses for it (`{"s77": "batch"}`), `ranges` gives
     the sizes that a name stands for. `history` holds the specs of the passes that changed it,
-    `constants` the name and value of each leaf of the inputs that is no tensor, by its place.
+    `constants` the name and value of each leaf of the inputs that is no tensor, by its place;
+    `inferred` keeps values by what they follow from, for all forks (see `effopt.infer`).
     """
 
     module: GraphModule
@@ -45,6 +47,7 @@ class Program:
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
     history: tuple[str, ...] = ()
     constants: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    inferred: dict[Any, Any] = field(default_factory=dict, repr=False)
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +195,27 @@ def where(node: Node) -> str:
     path, line = module_path(node), source_line(node)
     inside = f" in {path}" if path else ""
     return f"{node.name} ({operator}){inside}" + (f" at {line}" if line else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What `where` says, in its parts: the node, its operator, module path and source line."""
+
+    node: str = ""
+    operator: str = ""
+    path: str = ""
+    source: str = ""
+
+
+_WHERE = re.compile(
+    r"(?P<node>\S+?)(?: \((?P<operator>.+?)\))?(?: in (?P<path>\S+))?(?: at (?P<source>.+:\d+))?"
+)
+
+
+def place_of(text: str) -> Place:
+    """Read a place that `where` wrote; any other text is all in `node`."""
+    found = _WHERE.fullmatch(text)
+    return Place(**found.groupdict(default="")) if found else Place(text)
 
 
 def _line(node: Node) -> str:

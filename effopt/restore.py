@@ -1,4 +1,4 @@
-"""Restore: give an output that names every token its full length back."""
+"""Restore: give a value that must name every token its full length back."""
 
 import torch
 from torch.fx import Node
@@ -7,7 +7,7 @@ from torch.fx.node import map_arg
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
-from effopt.lift import Lift, covers, edges, gather, layout, to_rows, to_stream
+from effopt.lift import LEAVE_OUT, Lift, covers, edges, gather, layout, to_rows, to_stream
 from effopt.program import where
 from effopt.state import State
 from effopt.tokens import Kind, Range
@@ -16,39 +16,84 @@ aten = torch.ops.aten
 REMEDY = "merge or fuse the tokens in place of dropping them: then they are copied back"
 
 
-def restore(edit: Edit, state: State, out: Node) -> Node:
-    """Return an output at its original length.
+class Restore:
+    """Gives values their original length back; each is restored once.
 
     After merging, every token gets a copy of what it merged into. After dropping, the residual
-    stream gets the dropped tokens back with the value that they left with, and the operators
-    between it and the output run on all tokens.
+    stream gets the dropped tokens back with the value that they left with. What maps tokens one by
+    one between there and a value that is needed whole runs again, on all tokens.
     """
-    epoch = state.latest(out)
-    spots = state.axis.tokens.on(out)
-    if any(not isinstance(spot, Range) or not spot.pure for spot in spots.values()):
-        reason = "it returns the tokens mixed with another axis"
-        raise PreconditionError(where(out), reason, "return [batch, tokens, channels]")
-    if not any(isinstance(spot, Range) and covers(spot, state.axis) for spot in spots.values()):
-        return state.at(out, epoch)
-    if all(reduction.group for reduction in state.reductions[:epoch]):
-        return _copied(edit, state, out, epoch)
-    return _frozen(edit, state, out, epoch)
 
+    def __init__(self, edit: Edit, state: State) -> None:
+        self.edit = edit
+        self.state = state
+        self.made: dict[Node, Node] = {}
+        self.maps: dict[int, Node] = {}
+        self.stream: set[Node] | None = None
 
-def _copied(edit: Edit, state: State, out: Node, epoch: int) -> Node:
-    rows, spots = layout(state.axis, out), state.axis.tokens.on(out)
-    made = state.at(out, epoch)
-    for place, spot in spots.items():
-        if not isinstance(spot, Range) or not spot.pure or rows is None:
-            reason = "it returns the tokens mixed with another axis"
-            raise PreconditionError(where(out), reason, "return [batch, tokens, channels]")
-        index = group_map(edit, state, epoch)
-        index = Lift(edit, state).part_of(index, spot)
-        start, _ = edges(spot, state.axis)
-        if start:
-            index = edit.call(aten.sub.Tensor, index, start)
-        made = gather(edit, made, index, place, rows)
-    return made
+    def __call__(self, out: Node) -> Node:
+        """Return a value with all its tokens; new nodes go where the edit inserts."""
+        if out not in self.made:
+            self.made[out] = self._whole(out, self.state.latest(out))
+        return self.made[out]
+
+    def _whole(self, out: Node, epoch: int) -> Node:
+        axis = self.state.axis
+        spots = axis.tokens.on(out).values()
+        if not epoch or all(isinstance(s, Range) and not covers(s, axis) for s in spots):
+            return self.state.at(out, epoch)
+        merged = all(reduction.group for reduction in self.state.reductions[:epoch])
+        restored = self._copied(out, epoch) if merged else self._scattered(out, epoch)
+        return restored or self._rerun(out, merged)
+
+    def _copied(self, node: Node, epoch: int) -> Node | None:
+        """Copy merged tokens back where they stand by themselves, with the batch."""
+        spots, rows = self.state.axis.tokens.on(node), layout(self.state.axis, node)
+        if rows is None or not all(isinstance(s, Range) and s.pure for s in spots.values()):
+            return None
+        made = self.state.at(node, epoch)
+        for place, spot in spots.items():
+            assert isinstance(spot, Range)
+            made = gather(self.edit, made, self._index(spot, epoch), place, rows)
+        return made
+
+    def _index(self, spot: Range, epoch: int) -> Node:
+        """Return, for each original token of a range, its place in the range at an epoch."""
+        if epoch not in self.maps:
+            self.maps[epoch] = group_map(self.edit, self.state, epoch)
+        index = Lift(self.edit, self.state).part_of(self.maps[epoch], spot)
+        start, _ = edges(spot, self.state.axis)
+        return self.edit.call(aten.sub.Tensor, index, start) if start else index
+
+    def _scattered(self, node: Node, epoch: int) -> Node | None:
+        """Put dropped tokens back if a value is the residual stream."""
+        if self.stream is None:
+            self.stream = _stream_values(self.state)
+        if node not in self.stream:
+            return None
+        places = self.state.axis.stream.places
+        whole = to_rows(self.edit, self.state.at(node, epoch), places)
+        for reduction in reversed(self.state.reductions[:epoch]):
+            if reduction.group is not None:
+                raise PreconditionError(where(node), "tokens of it were fused", REMEDY)
+            scatter = kernel("scatter_tokens").op
+            whole = self.edit.call(scatter, reduction.frozen, whole, reduction.kept)
+        return to_stream(self.edit, whole, places)
+
+    def _rerun(self, node: Node, merged: bool) -> Node:
+        """Call an operator that maps tokens one by one again, on all tokens."""
+        effect = self.state.axis.effects.get(node)
+        if effect is None or effect.kind not in (Kind.MAP, Kind.RANGE):
+            reason = "all tokens are needed of a value that is no function of each token alone"
+            raise PreconditionError(where(node), reason, LEAVE_OUT if merged else REMEDY)
+        args, kwargs = self.state.originals[node]
+
+        def whole(arg: Node) -> Node:
+            return self(arg) if self.state.carries(arg) else arg
+
+        assert callable(node.target)
+        new_args, new_kwargs = map_arg(args, whole), map_arg(kwargs, whole)
+        return self.edit.call(node.target, *new_args, **new_kwargs)
 
 
 def group_map(edit: Edit, state: State, epoch: int) -> Node:
@@ -62,42 +107,10 @@ def group_map(edit: Edit, state: State, epoch: int) -> Node:
     return index
 
 
-def _frozen(edit: Edit, state: State, out: Node, epoch: int) -> Node:
-    """Put the dropped tokens back on the residual stream and run what follows on all of them."""
-    chain = _chain(state, out)
-    site = state.axis.stream
-    tail = _targets(_path(state, site.node, site.join))
-    matches = [node.target for node in chain[1 : 1 + len(tail)]] == tail
-    if not matches or chain[0] not in _sums(state, tail):
-        reason = "it is not a residual value or a function of one, token by token"
-        raise PreconditionError(where(out), reason, REMEDY)
-    point = chain[len(tail)]
-    whole = to_rows(edit, state.at(point, epoch), site.places)
-    for reduction in reversed(state.reductions[:epoch]):
-        if reduction.group is not None:
-            raise PreconditionError(where(out), "it returns tokens that were fused", REMEDY)
-        whole = edit.call(kernel("scatter_tokens").op, reduction.frozen, whole, reduction.kept)
-    whole = to_stream(edit, whole, site.places)
-    for node in chain[len(tail) + 1 :]:
-        whole = _rerun(edit, state, node, whole)
-    return whole
-
-
-def _chain(state: State, out: Node) -> list[Node]:
-    """Return the nodes from the last sum on the residual stream to the output."""
-    chain = [out]
-    while True:
-        carried = [arg for arg in dict.fromkeys(state.operands(chain[0])) if state.carries(arg)]
-        effect = state.axis.effects.get(chain[0])
-        if len(carried) != 1 or effect is None or effect.kind is not Kind.MAP:
-            return chain
-        chain.insert(0, carried[0])
-
-
-def _sums(state: State, tail: list[object]) -> set[Node]:
-    """Find the sums x + f(x) on the residual stream from the sites on."""
-    sites = state.axis.usable()
-    sums = {site.join for site in sites if site.join.target is aten.add.Tensor}
+def _stream_values(state: State) -> set[Node]:
+    """Find the values of the residual stream: those at sites, and x + f(x) from there on."""
+    site, sites = state.axis.stream, state.axis.usable()
+    tail = [node.target for node in _path(state, site.node, site.join)]
     stream = {site.node for site in sites}
     for node in state.axis.effects:
         if node.target is not aten.add.Tensor:
@@ -106,11 +119,10 @@ def _sums(state: State, tail: list[object]) -> set[Node]:
         branch = [arg for arg in state.operands(node) if arg not in stream]
         if len(own) != 1 or len(branch) != 1 or not _is_branch(state, branch[0], own[0], stream):
             continue
-        sums.add(node)
         for target in tail:
             node = next((user for user in node.users if user.target is target), node)
         stream.add(node)
-    return sums
+    return stream
 
 
 def _is_branch(state: State, branch: Node, source: Node, stream: set[Node]) -> bool:
@@ -134,19 +146,3 @@ def _path(state: State, node: Node, join: Node) -> list[Node]:
         found.insert(0, node)
         node = next(arg for arg in state.operands(node) if state.carries(arg))
     return found
-
-
-def _targets(nodes: list[Node]) -> list[object]:
-    return [node.target for node in nodes]
-
-
-def _rerun(edit: Edit, state: State, node: Node, x: Node) -> Node:
-    """Call a token-wise operator again, with its old arguments, on a value of full length."""
-    args, kwargs = state.originals[node]
-
-    def swap(arg: Node) -> Node:
-        return x if state.carries(arg) else arg
-
-    assert callable(node.target)
-    new_args, new_kwargs = map_arg(args, swap), map_arg(kwargs, swap)
-    return edit.call(node.target, *new_args, **new_kwargs)

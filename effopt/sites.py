@@ -1,12 +1,14 @@
 """Token axes of a program: where tokens live, where they may be removed, and why not."""
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
 from effopt.attention import SDPA
 from effopt.axes import Dim, Size, find_axes, leaves
+from effopt.axis_names import axis_names
 from effopt.axis_parts import slice_edges
 from effopt.axis_rules import dim_arg, first, tensors
 from effopt.effects import effect, index_of_pick
@@ -39,6 +41,9 @@ class TokenAxis:
 
     The first `prefix` and the last `suffix` tokens are never removed: class tokens, registers,
     all that an output picks. `picks` are the places that outputs pick, negative from the end.
+    `levels` counts, for each node that depends on attention over the axis, the operators ahead of
+    it that need every token in its place: all usable sites are on one level, and on a higher one
+    the tokens are whole again.
     """
 
     name: str
@@ -47,6 +52,7 @@ class TokenAxis:
     picks: tuple[int, ...]
     prefix: int
     suffix: int
+    levels: dict[Node, int]
     sites: tuple[Site, ...]
 
     @property
@@ -63,6 +69,10 @@ class TokenAxis:
         """Return the sites where tokens may be removed."""
         return tuple(site for site in self.sites if site.refusal is None)
 
+    def is_whole(self, node: Node) -> bool:
+        """Tell whether a node needs all tokens, or depends on one behind the sites that does."""
+        return self.levels.get(node, 0) > self.levels[self.stream.node]
+
 
 def find_tokens(program: Program) -> tuple[TokenAxis, ...]:
     """Find every axis over which self-attention attends, in order of first use (an Analysis)."""
@@ -76,19 +86,14 @@ def find_tokens(program: Program) -> tuple[TokenAxis, ...]:
         q, k = (leaves(axes.of(arg)[-2]) for arg in tensors(node)[:2])
         if q and q == k:
             calls.setdefault(q, []).append(node)
-    several = len(calls) > 1
+    names = axis_names([[module_path(call) for call in found] for found in calls.values()])
     found = []
-    for dim, attention in calls.items():
+    for name, (dim, attention) in zip(names, calls.items(), strict=True):
         size = shape(tensors(attention[0])[0])[-2]
-        name = f"{_common_path(attention)}.tokens" if several else "tokens"
         batch = leaves(axes.of(tensors(attention[0])[0])[0])
         own = {call: blocks[call] for call in attention}
         found.append(_token_axis(program, name, Tokens(dim, size, axes, batch), own))
     return tuple(found)
-
-
-def _common_path(nodes: list[Node]) -> str:
-    return module_path(nodes[0]).split(".")[0] or nodes[0].name
 
 
 def _token_axis(program: Program, name: str, tokens: Tokens, calls: dict[Node, int]) -> TokenAxis:
@@ -97,11 +102,9 @@ def _token_axis(program: Program, name: str, tokens: Tokens, calls: dict[Node, i
     after = _downstream(nodes, calls)
     used = {node: found for node, found in effects.items() if node in after}
     picks, prefix, suffix, problem = _protected(used, tokens)
-    blockers = _first_blockers(nodes, used)
-    sites = [
-        _site(block, call, tokens, effects, blockers, problem) for call, block in calls.items()
-    ]
-    return TokenAxis(name, tokens, effects, picks, prefix, suffix, tuple(sites))
+    view = _View(tokens, effects, _levels(nodes, used, after), _blockers(nodes, used), problem)
+    sites = _one_run([_site(block, call, view) for call, block in calls.items()], view.levels)
+    return TokenAxis(name, tokens, effects, picks, prefix, suffix, view.levels, sites)
 
 
 def _downstream(nodes: list[Node], starts: Iterable[Node]) -> set[Node]:
@@ -167,46 +170,69 @@ def _learned(tokens: Tokens) -> tuple[int, int, str]:
     return front, int(back), ""
 
 
-def _first_blockers(nodes: list[Node], effects: dict[Node, Effect]) -> dict[Node, Node]:
-    """For each node, find one that depends on it and cannot be mended, if there is one."""
+@dataclass(frozen=True)
+class _View:
+    """What the search for sites reads: one axis, its effects, and what lies behind each node."""
+
+    tokens: Tokens
+    effects: dict[Node, Effect]
+    levels: dict[Node, int]
+    blockers: dict[Node, Node]
+    problem: str
+
+
+def _levels(nodes: list[Node], effects: dict[Node, Effect], after: set[Node]) -> dict[Node, int]:
+    """Count the operators that need every token, on the longest way to each node."""
+    levels: dict[Node, int] = {}
+    for node in nodes:
+        if node in after:
+            ahead = max((levels.get(source, 0) for source in node.all_input_nodes), default=0)
+            levels[node] = ahead + (node in effects and effects[node].kind is Kind.ORDER)
+    return levels
+
+
+def _blockers(nodes: list[Node], effects: dict[Node, Effect]) -> dict[Node, Node]:
+    """For each node: an operator behind it that needs every token, with no attention between.
+
+    Where attention over the tokens lies between, a reduction pays: it is undone afterwards.
+    """
     blocked: dict[Node, Node] = {}
+    pays: set[Node] = set()
     for node in reversed(nodes):
-        if node in effects and effects[node].kind is Kind.ORDER:
+        kind = effects[node].kind if node in effects else None
+        if kind is Kind.ORDER:
             blocked[node] = node
             continue
-        behind = next((blocked[user] for user in node.users if user in blocked), None)
-        if behind is not None:
-            blocked[node] = behind
-    return blocked
+        behind = [user for user in node.users if user in blocked]
+        if behind:
+            blocked[node] = blocked[behind[0]]
+        if kind is Kind.ATTEND or any(user in pays for user in node.users):
+            pays.add(node)
+    return {node: found for node, found in blocked.items() if node not in pays}
 
 
-def _site(
-    block: int,
-    call: Node,
-    tokens: Tokens,
-    effects: dict[Node, Effect],
-    blockers: dict[Node, Node],
-    problem: str,
-) -> Site:
-    """Follow the attention's result to the residual stream."""
-    node = join = call
-    while (reader := _only_reader(node, tokens, effects)) is not None:
-        if sum(bool(tokens.on(arg)) for arg in tensors(reader)) > 1:
-            join = reader
-        node = reader
-    places = _places(node, call, tokens)
-    path = module_path(call)
-    refusal = _refusal(node, join, call, places, tokens, effects, blockers, problem)
-    return Site(block, call, join, node, places or (0, 1, 2), path, refusal)
+def _site(block: int, call: Node, view: _View) -> Site:
+    """Follow the attention's result to the residual stream: the last value of its form."""
+    end = join = found = call
+    places = None
+    while (reader := _only_reader(end, view)) is not None:
+        joins = sum(bool(view.tokens.on(arg)) for arg in tensors(reader)) > 1
+        end = reader
+        own = _places(end, call, view.tokens)
+        if own is not None:
+            join, found, places = (end if joins else join), end, own
+    placed = places if join is not call else None
+    refusal = _refusal(end, found, call, placed, view)
+    return Site(block, call, join, found, places or (0, 1, 2), module_path(call), refusal)
 
 
-def _only_reader(node: Node, tokens: Tokens, effects: dict[Node, Effect]) -> Node | None:
+def _only_reader(node: Node, view: _View) -> Node | None:
     """Return the one reader of a value, if it maps tokens one by one and yields tokens."""
     if len(node.users) != 1:
         return None
     reader = next(iter(node.users))
-    found = effects.get(reader)
-    carried = found is not None and found.kind is Kind.MAP and tokens.on(reader)
+    found = view.effects.get(reader)
+    carried = found is not None and found.kind is Kind.MAP and view.tokens.on(reader)
     return reader if carried else None
 
 
@@ -224,25 +250,37 @@ def _places(node: Node, call: Node, tokens: Tokens) -> tuple[int, int, int] | No
     return rows[0], token, 3 - rows[0] - token
 
 
+_LEAVE = "leave this block out (options first, last or sites), or keep the model as it is"
+
+
 def _refusal(
-    node: Node,
-    join: Node,
-    call: Node,
-    places: tuple[int, int, int] | None,
-    tokens: Tokens,
-    effects: dict[Node, Effect],
-    blockers: dict[Node, Node],
-    problem: str,
+    end: Node, found: Node, call: Node, places: tuple[int, int, int] | None, view: _View
 ) -> PreconditionError | None:
-    leave = "leave this block out (options first, last or sites), or keep the model as it is"
-    if effects[call].kind is Kind.ORDER:
-        return PreconditionError(where(call), effects[call].reason, leave)
-    if problem:
-        return PreconditionError(where(call), problem, leave)
-    if places is None or join is call:
+    """Say why tokens cannot be removed at the value found, on the way to where readers part."""
+    if view.effects[call].kind is Kind.ORDER:
+        return PreconditionError(where(call), view.effects[call].reason, _LEAVE)
+    if view.problem:
+        return PreconditionError(where(call), view.problem, _LEAVE)
+    blocker = view.blockers.get(found if places is not None else end)
+    if blocker is not None:
+        return PreconditionError(where(blocker), view.effects[blocker].reason, _LEAVE)
+    if places is None:
         reason = "no [batch, tokens, channels] value of the residual stream follows the attention"
-        return PreconditionError(where(call), reason, leave)
-    if node in blockers:
-        blocker = blockers[node]
-        return PreconditionError(where(blocker), effects[blocker].reason, leave)
+        return PreconditionError(where(call), reason, _LEAVE)
+    if len(end.users) < 2:
+        reason = "nothing but outputs follows this attention call"
+        return PreconditionError(where(call), reason, _LEAVE)
     return None
+
+
+def _one_run(sites: list[Site], levels: dict[Node, int]) -> tuple[Site, ...]:
+    """Keep the level with the most usable sites: between levels all tokens are back."""
+    counts = Counter(levels[site.node] for site in sites if site.refusal is None)
+    best = max(counts, key=lambda level: counts[level], default=0)
+    reason = "all tokens are needed between this block and the run of blocks that is reduced"
+    return tuple(
+        site
+        if site.refusal is not None or levels[site.node] == best
+        else replace(site, refusal=PreconditionError(where(site.node), reason, _LEAVE))
+        for site in sites
+    )

@@ -21,9 +21,10 @@ Length = int | Node
 class Point:
     """What a pass sees at a site: x [B, N, C], query and key [B, H, N, D] of the same block.
 
-    `bias` is what the attention call adds or masks with; `size` [B, N] counts the originals that
-    each token stands for (0 for padding). The first `prefix` and the last `suffix` tokens stay;
-    `picks` are those that outputs read. `ordered`: survivors must keep their order.
+    `bias` is what the attention call adds or masks with, `causal` whether it hides what comes
+    later; `size` [B, N] counts the originals that each token stands for (0 for padding). The
+    first `prefix` and the last `suffix` tokens stay; `picks` are those that outputs read.
+    `ordered`: survivors must keep their order.
     """
 
     edit: Edit
@@ -32,6 +33,7 @@ class Point:
     key: Node
     bias: Node | None
     scale: float
+    causal: bool
     size: Node
     length: Size
     prefix: int

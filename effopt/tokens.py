@@ -64,7 +64,7 @@ class Tokens:
             if own[place : place + width] == self.dim:
                 return Range(0, self.size, len(own) == width)
         part = self._part(own[0]) if len(own) == 1 else None
-        return part or BROKEN
+        return part or self._cut(own) or BROKEN
 
     def spots(self, dims: Dims) -> dict[int, Range | str]:
         """Return the dimensions that count tokens."""
@@ -81,7 +81,17 @@ class Tokens:
         return {place: spot for spots in pieces for place, spot in spots.items()}
 
     def _touches(self, own: Dim) -> bool:
-        return any(axis in self.dim or self._ranges(axis) for axis in own)
+        known = (whole for axis in own for whole in (axis, *axis.cuts))
+        return any(axis in self.dim or self._ranges(axis) for axis in known)
+
+    def _cut(self, own: Dim) -> "Range | None":
+        """Return the tokens of a range that a view elsewhere cut into the factors found here."""
+        for cut in (cut for axis in own for cut in axis.cuts):
+            whole, part = leaves((cut,)), self._part(cut)
+            for place in range(len(own) - len(whole) + 1):
+                if part is not None and own[place : place + len(whole)] == whole:
+                    return Range(part.start, part.stop, len(own) == len(whole))
+        return None
 
     def _part(self, axis: Axis) -> "Range | None":
         """Return the tokens that an axis counts; none where two different slices meet in it."""

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import find_axes, same_size
-from effopt.edit import infer
+from effopt.edit import EVIDENCE, evidence, is_inferred
 from effopt.errors import VerificationError
+from effopt.infer import infer
 from effopt.program import Program, value, where
 
 SIZE_OPERATORS = (
@@ -78,7 +79,12 @@ def _value_holds(node: Node, program: Program) -> str:
         return "" if node.op == "output" or "val" in node.meta else "it has no value"
     if "val" not in node.meta:
         return "it has no value"
-    return _difference(node.meta["val"], infer(node, program))
+    if is_inferred(node):
+        return ""
+    found = _difference(node.meta["val"], infer(node, program))
+    if not found:
+        node.meta[EVIDENCE] = evidence(node)
+    return found
 
 
 def _difference(noted: object, found: object) -> str:

@@ -6,10 +6,18 @@ if __name__ != "effopt.passes":
 TABLE = {
     "canonicalize": "effopt.passes.canonicalize:Canonicalize",
     "fold-constants": "effopt.passes.fold_constants:FoldConstants",
+    "unify-layers": "effopt.passes.unify_layers:UnifyLayers",
+    "unify-attention": "effopt.passes.unify_attention:UnifyAttention",
     "simplify-masks": "effopt.passes.simplify_masks:SimplifyMasks",
     "merge-tokens": "effopt.passes.merge_tokens:MergeTokens",
     "prune-tokens": "effopt.passes.prune_tokens:PruneTokens",
 }
+
+PROBES = {
+    "merge-tokens": "merge-tokens{r=1}",
+    "prune-tokens": "prune-tokens{keep=0.5}",
+}
+"""Passes that take a token axis, each with a mild spec: `explain` tries it on every axis."""
 
 
 def names() -> tuple[str, ...]:

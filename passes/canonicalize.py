@@ -1,7 +1,6 @@
-"""canonicalize: one form for each thing: functional operators, no identities, no repeats."""
+"""canonicalize: one form for each thing: one spelling, no identities, no repeats."""
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,42 +12,26 @@ from effopt.axes import same_size
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.pipeline import Outcome
-from effopt.program import Program, is_tensor, shape, value, where
+from effopt.program import Program, is_tensor, shape, value
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-COMPOSITE_VIEWS = (
-    *VIEWS,
-    *(aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.narrow.default),
-    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.dropout.default),
-    *(aten.chunk.default, aten.type_as.default, aten.movedim.int, aten.movedim.intlist),
-    *(aten.view_as.default, aten.reshape_as.default, aten.expand_as.default),
-    *(aten.swapaxes.default, aten.swapdims.default, aten.ravel.default, aten.numpy_T.default),
-    *(aten.tensor_split.sections, aten.hsplit.int, aten.vsplit.int, aten.dsplit.int),
-    *(aten.feature_dropout.default, aten.squeeze.default, aten.atleast_2d.default),
-)
-"""Operators that may return their argument's memory though their schema does not say so."""
 
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Bring the graph to its normal form: functional, without identities and repeats. Exact."""
+    """Bring the graph to its normal form: without identities and repeats. Exact."""
 
     name: ClassVar[str] = "canonicalize"
     exact: ClassVar[bool] = True
 
     def check(self, program: Program) -> list[PreconditionError]:
-        """Refuse an in-place operator whose effect is seen through another value."""
-        order = _order(program)
-        found = (_why_not_functional(node, order) for node in program.nodes())
-        return [refusal for refusal in found if refusal]
+        """Any program has a normal form."""
+        return []
 
     def run(self, program: Program) -> Outcome:
         """Apply the rules once, in execution order; then share what is computed twice."""
         edit = Edit(program, self.name)
-        order = _order(program)
-        for node in order:
-            _functional(edit, node, order)
         for node in list(program.nodes()):
             _normalise(edit, node)
         _share(edit)
@@ -124,80 +107,6 @@ def _whole_slice(node: Node) -> Node | None:
         return None
     inner = node.args[0]
     return inner if isinstance(inner, Node) and same_shape(inner, node) else None
-
-
-def _order(program: Program) -> dict[Node, int]:
-    """Number the nodes in execution order."""
-    return {node: place for place, node in enumerate(program.nodes())}
-
-
-def _functional(edit: Edit, node: Node, order: dict[Node, int]) -> None:
-    """Replace `op_` by `op`; what reads the changed value later reads the result."""
-    twin = functional_twin(node)
-    if twin is None:
-        return
-    changed = node.args[0]
-    assert isinstance(changed, Node)
-    later = [user for user in changed.users if order[user] > order[node]]
-    edit.retarget(node, twin, *node.args, **node.kwargs)
-    for user in later:
-        user.replace_input_with(changed, node)
-
-
-def functional_twin(node: Node) -> OpOverload | None:
-    """Return the functional operator of an in-place one (`add_.Tensor` → `add.Tensor`)."""
-    target = node.target
-    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
-        return None
-    space, _, name = target._schema.name.partition("::")
-    packet = getattr(aten, name.removesuffix("_"), None) if space == "aten" else None
-    twin = getattr(packet, target._overloadname, None)
-    return twin if isinstance(twin, OpOverload) and not twin._schema.is_mutable else None
-
-
-def _why_not_functional(node: Node, order: dict[Node, int]) -> PreconditionError | None:
-    """Refuse an in-place operator unless nothing else can see the memory that it changes."""
-    target = node.target
-    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
-        return None
-    remedy = "write the model without the in-place operator"
-    changed = node.args[0]
-    if functional_twin(node) is None or not isinstance(changed, Node):
-        return PreconditionError(where(node), f"{target} has no functional form", remedy)
-    if changed.op != "call_function" or may_alias(changed):
-        reason = f"{target} writes into {changed.name}, which other values may share"
-        return PreconditionError(where(node), reason, remedy)
-    if any(order[reader] > order[node] for reader in _readers_of_views(changed)):
-        reason = f"{target} writes into {changed.name}, of which a view is read afterwards"
-        return PreconditionError(where(node), reason, remedy)
-    return None
-
-
-def may_alias(node: Node) -> bool:
-    """Tell whether the result of a node can share memory with an argument.
-
-    The schema of an operator says so; composite operators, whose schema does not, are listed.
-    """
-    if node.target is operator.getitem and isinstance(node.args[0], Node):
-        return may_alias(node.args[0])
-    if not isinstance(node.target, OpOverload):
-        return True
-    if functional_twin(node) is not None:
-        return False  # it is made functional first
-    views = any(result.alias_info is not None for result in node.target._schema.returns)
-    return views or node.target in COMPOSITE_VIEWS
-
-
-def _readers_of_views(node: Node) -> Iterator[Node]:
-    """Iterate over what reads a view of a value, or a view of a view."""
-    todo, seen = [user for user in node.users if may_alias(user)], set[Node]()
-    while todo:
-        view = todo.pop()
-        if view in seen:
-            continue
-        seen.add(view)
-        yield from view.users
-        todo += [user for user in view.users if may_alias(user)]
 
 
 def _share(edit: Edit) -> None:

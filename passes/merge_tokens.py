@@ -61,6 +61,9 @@ class MergeTokens:
     proportional: bool = field(
         default=True, metadata={"help": "add log(size) of merged tokens to the attention logits"}
     )
+    axis: str = field(
+        default="", metadata={"help": "which tokens, as `effopt inspect` names them: vision.tokens"}
+    )
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -98,7 +101,7 @@ class MergeTokens:
         return self.r if isinstance(self.r, tuple) else (self.r,)
 
     def _plan(self, program: Program) -> "tuple[TokenAxis, dict[Site, int]] | PreconditionError":
-        axis = main_axis(program)
+        axis = main_axis(program, self.axis)
         if isinstance(axis, PreconditionError):
             return axis
         if refusal := find_padding(axis).refusal:

@@ -1,17 +1,20 @@
-"""prune-tokens: tokens that the class token does not attend to leave.
+"""prune-tokens: tokens that get little attention leave.
 
-Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
-Reorganizations" (EViT), 2022 (arXiv 2202.07800).
+By the class token's attention: Liang et al., "Not All Patches are What You Need: Expediting Vision
+Transformers via Token Reorganizations" (EViT), 2022 (arXiv 2202.07800). By the last token's, where
+attention is causal: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2" (FastV), 2024 (arXiv
+2403.06764). By that of all tokens, elsewhere: Goyal et al., "PoWER-BERT", 2020 (arXiv 2001.08950).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
+from effopt.causal import looks_back
 from effopt.edit import Edit
 from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.kernel import kernel
@@ -33,7 +36,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PruneTokens:
-    """Keep the tokens that the class token attends to most, in chosen blocks; drop the others."""
+    """Keep the tokens that get most attention, in chosen blocks; drop the others.
+
+    It is the attention of the tokens that outputs pick (the class token); of the last one where
+    attention is causal; of all of them where nothing is picked.
+    """
 
     name: ClassVar[str] = "prune-tokens"
     exact: ClassVar[bool] = False
@@ -53,6 +60,9 @@ class PruneTokens:
     normalize: bool = field(
         default=True,
         metadata={"help": "average the dropped tokens; the paper's sum needs training"},
+    )
+    axis: str = field(
+        default="", metadata={"help": "which tokens, as `effopt inspect` names them: vision.tokens"}
     )
 
     def __post_init__(self) -> None:
@@ -93,11 +103,14 @@ class PruneTokens:
     def _plan(
         self, program: Program
     ) -> "tuple[TokenAxis, dict[Site, tuple[int, int]]] | PreconditionError":
-        axis = main_axis(program)
+        axis = main_axis(program, self.axis)
         if isinstance(axis, PreconditionError):
             return axis
+        causal = looks_back(program, axis)
+        if causal and not axis.picks:
+            axis = replace(axis, picks=(-1,), suffix=max(axis.suffix, 1))
         tokens = fixed(axis.size)
-        if refusal := _refusal(self, axis, tokens):
+        if refusal := _refusal(self, axis, tokens, causal):
             return refusal
         assert tokens is not None
         sites = choose_sites(axis, self.sites, 0, -1)
@@ -120,18 +133,19 @@ class PruneTokens:
         return counts
 
 
-def _refusal(options: PruneTokens, axis: TokenAxis, tokens: int | None) -> PreconditionError | None:
+def _refusal(
+    options: PruneTokens, axis: TokenAxis, tokens: int | None, causal: bool
+) -> PreconditionError | None:
     place = where(axis.sites[0].attention)
-    if not axis.picks:
-        reason = f"no output picks a class token of {axis.name}, so nothing says what matters"
-        return PreconditionError(place, reason, "use merge-tokens, which needs none")
     if tokens is None:
         reason = f"the number of {axis.name} is dynamic: a share of it would count padding"
         return PreconditionError(
             place, reason, "leave 'length' out of dynamic, or use merge-tokens"
         )
-    if options.fuse and axis.suffix:
-        reason = "a fused token goes last, where protected tokens stand"
+    if options.fuse and (axis.suffix or causal):
+        reason = "a fused token goes last, where " + (
+            "causal attention hides it" if causal else "protected tokens stand"
+        )
         return PreconditionError(place, reason, "use fuse=false")
     return None
 
@@ -143,7 +157,8 @@ def _reducer(options: PruneTokens, keep: int) -> Reducer:
         edit = point.edit
         score = edit.call(
             kernel("attention_row").op,
-            *(point.query, point.key, point.bias, list(point.picks), point.scale),
+            *(point.query, point.key, point.bias, point.size),
+            *(list(point.picks), point.scale, point.causal),
         )
         ends = (point.prefix, point.suffix)
         kept = edit.call(kernel("select_tokens").op, score, keep, *ends)

@@ -19,7 +19,10 @@ class Recipe:
     options: dict[str, str] = field(default_factory=dict)
 
 
-NORMAL_FORM = "canonicalize,fold-constants,simplify-masks,canonicalize,fold-constants"
+NORMAL_FORM = (
+    "canonicalize,fold-constants,unify-layers,unify-attention,simplify-masks,"
+    "canonicalize,fold-constants"
+)
 """Exact passes that every pipeline begins with; the lossy ones read their form."""
 
 ROWS = (

@@ -4,16 +4,20 @@ from collections.abc import Sequence
 from math import floor
 
 from effopt.axes import Size
-from effopt.errors import PreconditionError, UsageError
+from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.program import Program
 from effopt.sites import Site, TokenAxis, find_tokens
 
 SCHEDULES = ("constant", "linear")
 
 
-def main_axis(program: Program) -> TokenAxis | PreconditionError:
-    """Return the token axis with the most usable sites, or why there is none."""
+def main_axis(program: Program, name: str = "") -> TokenAxis | PreconditionError:
+    """Return the named token axis, or the one with the most usable sites; or why there is none."""
     found = program.get(find_tokens)
+    if name:
+        found = tuple(axis for axis in found if axis.name == name)
+        if not found:
+            raise unknown("token axis", name, [axis.name for axis in program.get(find_tokens)])
     best = max(found, key=lambda axis: len(axis.usable()), default=None)
     if best is None:
         reason = "no self-attention call was found, so nothing counts tokens"

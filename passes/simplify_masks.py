@@ -17,7 +17,8 @@ from effopt.attention import SDPA, mask_of, qkv_of, with_mask
 from effopt.axes import same_size
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
-from effopt.masks import LOW
+from effopt.masks import AND, CHOICES
+from effopt.passes.mask_terms import MOVED, as_condition, choose
 from effopt.pipeline import Outcome
 from effopt.program import Program, is_tensor, shape, value
 
@@ -41,15 +42,16 @@ class SimplifyMasks:
     def run(self, program: Program) -> Outcome:
         """Simplify boolean algebra in execution order, then the mask of each attention call."""
         edit = Edit(program, self.name)
+        masked = [n for n in program.nodes() if n.target is SDPA and mask_of(n) is not None]
+        small = sum(_as_conditions(edit, node) for node in masked)
         known: dict[Node, Fact] = {}
         for node in list(program.nodes()):
             fact = _fact(node, known, program)
             if fact is not None:
                 known[node] = fact
             _simplify(edit, node, known)
-        masked = [n for n in program.nodes() if n.target is SDPA and mask_of(n) is not None]
         dropped = sum(_drop_true(edit, node, known) for node in masked)
-        small = sum(_smallest(edit, node) for node in masked if mask_of(node) is not None)
+        small += sum(_unexpanded(edit, node) for node in masked if mask_of(node) is not None)
         changed = edit.close()
         note = f"{dropped} masks were always true, {small} became smaller"
         return Outcome(changed, (note,) if changed else ("no mask to simplify",))
@@ -126,12 +128,18 @@ def _compared(least: Callable[[Fact, float], bool], never: Callable[[Fact, float
 
 def _simplify(edit: Edit, node: Node, known: dict[Node, Fact]) -> None:
     """Apply the rules of boolean algebra, and read an index by all places as the identity."""
-    if node.target in (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
+    if node.target in AND:
         pair = [arg for arg in node.args[:2] if isinstance(arg, Node) and _is_bool(arg)]
         for one, other in (pair, pair[::-1]) if len(pair) == 2 else ():
             if one in known and known[one].always(1):
                 edit.replace(node, _spread(edit, other, one, node))
                 return
+    if node.target in CHOICES and node.args[0] in known:
+        seen, kept = node.args[:2]
+        same = isinstance(kept, Node) and value(kept).dtype == value(node).dtype
+        if same and known[seen].always(1):  # type: ignore[index]
+            edit.replace(node, _spread(edit, kept, seen, node))  # type: ignore[arg-type]
+            return
     if node.target is aten.index.Tensor:
         _index_by_places(edit, node)
 
@@ -215,74 +223,25 @@ def _set_mask(edit: Edit, attention: Node, mask: Node | None) -> None:
     edit.update(attention, *args, **kwargs)
 
 
-def _smallest(edit: Edit, attention: Node) -> bool:
-    """Read the mask before it was expanded; read an additive padding mask as its condition."""
+def _as_conditions(edit: Edit, attention: Node) -> bool:
+    """Read what an additive mask hides as conditions; as one, where it adds nothing else."""
     mask = mask_of(attention)
     assert mask is not None
-    small = mask
+    condition = as_condition(edit, mask)
+    if condition is not None:
+        _set_mask(edit, attention, condition)
+    return condition is not None or choose(edit, mask) > 0
+
+
+def _unexpanded(edit: Edit, attention: Node) -> bool:
+    """Read the mask before it was expanded."""
+    mask = small = mask_of(attention)
+    assert small is not None
     while small.target is aten.expand.default and len(shape(small.args[0])) == 4:  # type: ignore[arg-type]
         small = small.args[0]  # type: ignore[assignment]
-    small = _as_condition(edit, small) or small
-    if small is mask:
-        return False
-    _set_mask(edit, attention, small)
-    return True
-
-
-def _as_condition(edit: Edit, mask: Node) -> Node | None:
-    """Read `where(c, 0, -inf)` and `masked_fill(zeros, c, -inf)`, through views, as booleans."""
-    views: list[Node] = []
-    source = mask
-    while source.target in MOVED:
-        views.append(source)
-        assert isinstance(source.args[0], Node)
-        source = source.args[0]
-    condition = _condition(edit, source)
-    if condition is None:
-        return None
-    for view in reversed(views):
-        if view.target in CASTS:
-            continue  # a condition has no precision; cast, it would be added as 1 and 0
-        with edit.before(view):
-            condition = edit.call(view.target, condition, *view.args[1:], **view.kwargs)  # type: ignore[arg-type]
-    return condition
-
-
-def _condition(edit: Edit, source: Node) -> Node | None:
-    """Return where an additive mask lets attend, or None for one that is not 0 and -infinity."""
-    if source.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        zeros, hidden, low = source.args
-        if _is_number(zeros, 0) and _is_low(low) and isinstance(hidden, Node):
-            with edit.before(source):
-                return edit.call(aten.logical_not.default, hidden)
-    if source.target in (aten.where.self, aten.where.ScalarOther, aten.where.Scalar):
-        seen, zero, low = source.args
-        if _is_number(zero, 0) and _is_low(low) and isinstance(seen, Node):
-            return seen
-    return None
-
-
-def _number(arg: Any) -> float | None:
-    if isinstance(arg, (int, float)):
-        return float(arg)
-    if not isinstance(arg, Node):
-        return None
-    if arg.target in CREATED:
-        fact = CREATED[arg.target](arg)
-        return fact.low if fact is not None and fact.low == fact.high else None
-    held = getattr(arg.graph.owning_module, str(arg.target), None) if arg.op == "get_attr" else None
-    if isinstance(held, Tensor) and held.numel() and bool((held == held.flatten()[0]).all()):
-        return float(held.flatten()[0])
-    return None
-
-
-def _is_number(arg: Any, wanted: float) -> bool:
-    return _number(arg) == wanted
-
-
-def _is_low(arg: Any) -> bool:
-    number = _number(arg)
-    return number is not None and number <= LOW
+    if small is not mask:
+        _set_mask(edit, attention, small)
+    return small is not mask
 
 
 CREATED: dict[Any, Callable[[Node], Fact | None]] = {
@@ -308,10 +267,3 @@ BOTH: dict[Any, Callable[[float, float], float]] = {
     aten.logical_and.default: min,
     aten.logical_or.default: max,
 }
-CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
-MOVED = (
-    *(aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.expand.default),
-    *(aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.slice.Tensor),
-    *CASTS,
-)
-"""Changes of shape or type that leave the elements of a mask what they are."""

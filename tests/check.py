@@ -15,7 +15,10 @@ from effopt.pipeline import Pass, Pipeline, Step, parse_passes
 from effopt.program import Program
 from effopt.report import StepRecord
 
-NORMAL = "canonicalize,fold-constants,simplify-masks,canonicalize,fold-constants"
+NORMAL = (
+    "canonicalize,fold-constants,unify-layers,unify-attention,simplify-masks,"
+    "canonicalize,fold-constants"
+)
 """The normal form, which the lossy passes read."""
 
 

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
-from effopt.axes import Axis, AxisError, AxisMap, Dims, find_axes, leaves, regroup, size_of, unify
+from effopt.axes import Axis, AxisError, AxisMap, Dims, find_axes, leaves, size_of, unify
 from effopt.axes import show as shown
+from effopt.axis_views import regroup
 from effopt.capture import capture
 from effopt.program import Program
 
@@ -225,3 +227,176 @@ def test_an_arange_becomes_the_axis_that_it_first_meets() -> None:
     program, axes = traced(lambda x: x + torch.arange(5.0), (4, 5))
     counted = next(node for node in program.nodes() if "arange" in node.name)
     assert axes.of(counted)[0] == axes.of(program.inputs()[0])[1]
+
+
+MORE: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], str]] = {
+    "repeat": (lambda x: x.repeat(1, 2, 1).unflatten(1, (2, 5)).sum(1), [(4, 5, 6)], "x0 x1 x2"),
+    "tile": (lambda x: x.tile(2).unflatten(1, (2, 5)).sum(1), [(4, 5)], "x0 x1"),
+    "copies": (
+        lambda x: x.repeat_interleave(3, 1).unflatten(1, (5, 3)).sum(2),
+        [(4, 5, 6)],
+        "x0 x1 x2",
+    ),
+    "channel-norm": (
+        lambda x: F.batch_norm(x, torch.zeros(5), torch.ones(5)),
+        [(4, 5, 6)],
+        "x0 x1 x2",
+    ),
+    "movedim": (lambda x: x.movedim(0, -1), [(4, 5, 6)], "x1 x2 x0"),
+    "swapaxes": (lambda x: x.swapaxes(0, 2), [(4, 5, 6)], "x2 x1 x0"),
+    "turned": (lambda x: x.mT, [(4, 5, 6)], "x0 x2 x1"),
+    "expand-as": (lambda x, y: x.expand_as(y), [(4, 5, 1), (4, 5, 6)], "x0 x1 y2"),
+    "vector": (lambda x, y: x @ y, [(4, 5, 6), (6,)], "x0 x1"),
+    "row": (lambda x, y: x[0] @ y, [(4, 6), (4, 6, 7)], "y0 y2"),
+    "added-product": (
+        lambda x, y: torch.baddbmm(torch.zeros(1), x, y),
+        [(4, 5, 6), (4, 6, 7)],
+        "x0 x1 y2",
+    ),
+    "einsum": (lambda x, y: torch.einsum("bij,kj->bik", x, y), [(4, 5, 6), (7, 6)], "x0 x1 y0"),
+    "einsum-of-the-rest": (
+        lambda x, y: torch.einsum("...i,ij->...j", x, y),
+        [(4, 5, 6), (6, 7)],
+        "x0 x1 y1",
+    ),
+    "einsum-without-arrow": (
+        lambda x, y: torch.einsum("bn,nc", x, y),
+        [(4, 5), (5, 6)],
+        "x0 y1",
+    ),
+    "distance": (lambda x, y: torch.cdist(x, y), [(4, 5, 6), (4, 7, 6)], "x0 x1 y1"),
+    "counted": (
+        lambda x: x[torch.arange(x.shape[0]).unsqueeze(1), torch.arange(5)],
+        [(4, 5, 6)],
+        "x0 x1 x2",
+    ),
+    "table": (lambda x, y: x[y.long()], [(4, 6), (3, 5)], "y0 y1 x1"),
+    "index-in-front": (
+        lambda x, y: x[y[:, 0].long(), :, y[:, 1].long()],
+        [(4, 5, 6), (3, 2)],
+        "y0 x1",
+    ),
+    "index-in-place": (
+        lambda x, y: x[:, y.long(), y.long()],
+        [(4, 5, 6), (3, 2)],
+        "x0 y0 y1",
+    ),
+    "one-place-convolution": (
+        lambda x: F.conv1d(x, torch.ones(6, 5, 1)).sum(1),
+        [(4, 5, 7)],
+        "x0 x2",
+    ),
+    "pooled": (lambda x: F.avg_pool1d(x, 2).sum(-1), [(4, 5, 6)], "x0 x1"),
+    "pixels": (
+        lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
+        [(3, 8, 5, 6)],
+        "x0 x1 x2 x3",
+    ),
+    "complex": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x)).sum(-1),
+        [(4, 5, 2)],
+        "x0 x1",
+    ),
+    "overwritten": (
+        lambda x: x.slice_scatter(x[:, 3:] * 0, 1, 0, 2),
+        [(4, 5, 6)],
+        "x0 x1 x2",
+    ),
+    "norm": (lambda x: x.norm(dim=1), [(4, 5, 6)], "x0 x2"),
+    "variance": (lambda x: torch.var_mean(x, 1)[1], [(4, 5, 6)], "x0 x2"),
+    "extreme": (lambda x: x.max(1, keepdim=True)[0], [(4, 5, 6)], "x0 1 x2"),
+    "cache": (lambda x: torch.cat([torch.zeros(0), x], 1), [(4, 5, 6)], "x0 x1 x2"),
+    "triangle": (lambda x: x.tril(), [(5, 6)], "x0 x1"),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_more_rules_carry_identities_through(case: str) -> None:
+    function, shapes, want = MORE[case]
+    *inputs, output = dims(function, *shapes)
+    names = {
+        f"{letter}{place}": name
+        for letter, found in zip("xy", inputs, strict=False)
+        for place, name in enumerate(found)
+    }
+    expected = [
+        "·".join(names.get(word, word) for word in part.split("·")) for part in want.split()
+    ]
+    assert output == expected
+
+
+NEW: dict[str, Callable[[Tensor], Tensor]] = {
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, 1),
+    "sort": lambda x: x.sort(1)[0],
+    "sorted places": lambda x: x.argsort(1),
+    "fft": lambda x: torch.fft.fft(x, dim=1),
+    "index": lambda x: x[:, torch.tensor([4, 3, 2, 1, 0])],
+    "index-select": lambda x: x.index_select(1, torch.tensor([4, 3, 2, 1, 0])),
+    "count down": lambda x: x[:, torch.arange(4, -1, -1)],
+    "crop and fill": lambda x: F.pad(x, (0, 0, 1, -1)),
+    "wide convolution": lambda x: F.conv1d(x.mT, torch.ones(6, 6, 3), padding=1).mT,
+}
+
+
+@pytest.mark.parametrize("case", NEW)
+def test_a_dimension_of_the_same_size_in_another_order_is_new(case: str) -> None:
+    program, axes = traced(NEW[case], (4, 5, 6))
+    assert not axes.unknown
+    node = program.output().args[0][0]  # type: ignore[index]
+    before, after = axes.of(program.inputs()[0]), axes.of(node)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_padding_makes_segments_and_does_not_become_what_it_pads() -> None:
+    program, axes = traced(lambda x: F.pad(x, (0, 0, 1, 2)), (4, 5, 6))
+    (padded,) = axes.of(program.output().args[0][0])[1]  # type: ignore[index]
+    spans = [(part.start, part.stop, part.learned) for part in padded.segments]
+    assert spans == [(0, 1, True), (1, 6, False), (6, 8, True)]
+    assert (padded,) != axes.of(program.inputs()[0])[1]
+
+
+def test_a_cropped_dimension_is_a_part() -> None:
+    program, axes = traced(lambda x: F.pad(x, (0, 0, -1, -2)), (4, 5, 6))
+    (cropped,) = axes.of(program.output().args[0][0])[1]  # type: ignore[index]
+    (part,) = cropped.parts
+    assert (part.start, part.stop) == (1, 3)
+
+
+def test_reflected_places_are_no_segments() -> None:
+    program, axes = traced(lambda x: F.pad(x, (1, 1), mode="reflect"), (4, 5, 6))
+    (padded,) = axes.of(program.output().args[0][0])[2]  # type: ignore[index]
+    assert padded.segments == ()
+
+
+def test_what_the_data_decides_is_unknown_with_a_reason() -> None:
+    _, axes = traced(lambda x: x + torch.rand_like(x), (4, 5))
+    assert list(axes.unknown.values()) == ["it is random"]
+
+
+def test_windows_of_a_symbolic_batch_are_understood_there_and_back() -> None:
+    """(B, 8, 6, C) -> (B * 4 * 3, 2 * 2, C) -> back: all with B a symbol."""
+
+    def windows(x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        cut = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+        flat = torch.relu(cut.reshape(-1, 4, c))
+        back = flat.view(b, h // 2, w // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+        return back.reshape(b, h, w, c)
+
+    program = capture(Wrapped(windows), (torch.randn(3, 8, 6, 5),), dynamic=("batch",))
+    axes = program.get(find_axes)
+    assert not axes.unknown, axes.unknown
+    node = program.output().args[0][0]  # type: ignore[index]
+    assert axes.of(node) == axes.of(program.inputs()[0])
+
+
+def test_a_range_cut_by_a_view_elsewhere_is_remembered_by_its_factors() -> None:
+    """The slice lost its part when its axis was cut: what read it seemed to hold no tokens."""
+    program, axes = traced(lambda x: x[:, 2:].unflatten(1, (2, 3)), (4, 8, 6))
+    node = program.output().args[0][0]  # type: ignore[index]
+    (outer,), (inner,) = axes.of(node)[1:3]
+    (cut,) = outer.cuts
+    assert inner.cuts == (cut,)
+    assert [(part.start, part.stop) for part in cut.parts] == [(2, 8)]

@@ -1,0 +1,186 @@
+"""Infer: the value (shape and dtype) of a node from those of its arguments, without a guard.
+
+Operators run on fake tensors, a few milliseconds each where the batch is a symbol. What was
+inferred once for the same shapes is kept, and the operators that fill a transformer have rules.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from effopt.axes import same_size
+from effopt.errors import VerificationError
+from effopt.program import Program, where
+
+aten = torch.ops.aten
+Shape = tuple[Any, ...]
+
+
+def fake_mode(program: Program) -> FakeTensorMode:
+    """Return the mode that the program was traced under; it owns the symbols."""
+    first = next(node for node in program.nodes() if node.op == "placeholder")
+    mode = detect_fake_mode([first.meta["val"]])
+    assert mode is not None, "a captured program has fake inputs"
+    return mode
+
+
+def infer(node: Node, program: Program) -> Any:
+    """Run a node on the values of its arguments and return its value.
+
+    Raises VerificationError where the operator does not take them, or where it would fix a
+    symbolic size (a guard that the caller's batch would have to meet).
+    """
+    given: Any = map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    args, kwargs = given
+    key = _key(node.target, args, kwargs)
+    if key not in program.inferred:
+        shape = SHAPES[node.target](*args) if node.target in SHAPES and not kwargs else None
+        if shape is None:
+            program.inferred[key] = _run(node, program, args, kwargs)
+        else:
+            with fake_mode(program), torch.no_grad():
+                program.inferred[key] = args[0].new_empty(shape)
+    return program.inferred[key]
+
+
+def _key(target: Any, args: Any, kwargs: Any) -> Any:
+    """Return what a value follows from: shapes, strides, dtypes, and all that is no tensor."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return target, spec, tuple(map(_described, leaves))
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        sizes = tuple(map(_described, (*leaf.shape, *leaf.stride())))
+        return leaf.dtype, leaf.device, leaf.ndim, sizes
+    if isinstance(leaf, torch.SymInt):
+        return leaf.node.expr
+    return type(leaf), leaf if leaf == leaf else str(leaf)
+
+
+def _run(node: Node, program: Program, args: Any, kwargs: Any) -> Any:
+    mode = fake_mode(program)
+    env = mode.shape_env
+    guards = len(env.guards) if env is not None else 0
+    known = _knowledge(env)
+    assert callable(node.target)
+    try:
+        # Without the Python dispatcher, composite operators read sizes as numbers and so fix them.
+        with _uncached(mode), enable_python_dispatcher(), mode, torch.no_grad():
+            val = node.target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        _forget(env, known)
+        first = str(error).strip().splitlines()[0]
+        raise VerificationError(f"{where(node)}: does not fit its arguments: {first}") from error
+    added = [guard.expr for guard in env.guards[guards:]] if env is not None else []
+    narrowing = [expr for expr in added if not _holds_always(expr, env)]
+    if narrowing:
+        _forget(env, known)
+        shown = ", ".join(map(str, narrowing))
+        raise VerificationError(f"{where(node)}: fixes a size that must stay free: {shown}")
+    return val
+
+
+@contextmanager
+def _uncached(mode: FakeTensorMode) -> Iterator[None]:
+    """Let every node be inferred anew: a cached answer records no guard."""
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = before
+
+
+_LEARNT = ("replacements", "axioms", "var_to_range", "specialization_stacks")
+"""What a shape environment learns from a guard, as dicts."""
+
+
+def _knowledge(env: Any) -> dict[str, Any]:
+    """Copy what a shape environment knows."""
+    return (
+        {}
+        if env is None
+        else {"guards": list(env.guards)} | {name: dict(getattr(env, name)) for name in _LEARNT}
+    )
+
+
+def _forget(env: Any, known: dict[str, Any]) -> None:
+    """Take back what a refused node taught the shape environment, which all forks share."""
+    if env is None:
+        return
+    env.guards[:] = known["guards"]
+    for name in _LEARNT:
+        held = getattr(env, name)
+        held.clear()
+        held.update(known[name])
+    # Sizes and conditions remember what they were evaluated to until these counters move.
+    env._replacements_version_counter += 1
+    env._version_counter += 1
+
+
+def _holds_always(guard: Any, env: Any) -> bool:
+    """Tell whether a condition on sizes holds for all that the program takes.
+
+    Strides of computed lengths give conditions such as K = max(1, K) that hold but that the
+    shape environment cannot prove. They are tried on a grid: a few batches and many lengths.
+    """
+    symbols = sorted(guard.free_symbols, key=str)
+    grid = itertools.product(*(_tried(env.var_to_range[symbol]) for symbol in symbols))
+    return all(
+        guard.xreplace({s: sympy.Integer(n) for s, n in zip(symbols, sizes, strict=True)})
+        == sympy.true
+        for sizes in grid
+    )
+
+
+def _tried(sizes: Any) -> list[int]:
+    """Choose sizes to try: the first few, which are where such conditions fail, and large ones."""
+    low, high = int(sizes.lower), sizes.upper
+    end = int(high) if high.is_Integer and high < low + _MANY else low + _MANY
+    return sorted({*range(low, min(low + 9, end + 1)), (low + end) // 2, end - 1, end})
+
+
+_MANY = 4096
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape | None:
+    """Return [..., out] for x [..., in] and weight [out, in]; None where they do not fit."""
+    fits = weight.ndim == 2 and x.ndim > 0 and same_size(x.shape[-1], weight.shape[1])
+    typed = x.is_floating_point() and x.dtype == weight.dtype
+    typed = typed and (bias is None or bias.dtype == x.dtype)
+    placed = bias is None or (bias.ndim == 1 and same_size(bias.shape[0], weight.shape[0]))
+    return (*x.shape[:-1], weight.shape[0]) if fits and typed and placed else None
+
+
+def _norm(x: Tensor, normalised: Any, *given: Any) -> Shape | None:
+    """Return the shape of x where a norm runs over its last dimension and its weights fit."""
+    weights = [term for term in given if isinstance(term, Tensor)]
+    own = len(normalised) == 1 and x.ndim > 0 and same_size(x.shape[-1], normalised[0])
+    fits = all(w.dtype == x.dtype and list(w.shape) == list(normalised) for w in weights)
+    return tuple(x.shape) if own and fits and x.is_floating_point() else None
+
+
+def _activation(x: Tensor) -> Shape | None:
+    return tuple(x.shape) if x.is_floating_point() else None
+
+
+SHAPES: dict[Any, Callable[..., Shape | None]] = {
+    aten.linear.default: _linear,
+    aten.layer_norm.default: _norm,
+    aten.rms_norm.default: _norm,
+    aten.gelu.default: _activation,
+    aten.silu.default: _activation,
+    aten.relu.default: _activation,
+}
+"""Shape rules of the slowest and most frequent operators; None leaves it to the operator."""

@@ -1,0 +1,1 @@
+"""A fuzzer: random transformers in many spellings, each reduced in several ways and judged."""

@@ -1,0 +1,98 @@
+"""The oracle itself: right programs pass, and each sabotage of a right program is seen."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.fx import Graph, Node
+
+from effopt.attention import SDPA
+from tests.fuzz.judge import judge
+from tests.fuzz.model import draw, make
+from tests.fuzz.spec import Spec
+from tests.oracle import Case, faults, make_case
+from tests.oracle.case import captured
+from tests.oracle.decisions import GATHER, SCATTER
+
+aten = torch.ops.aten
+MERGE, PRUNE = "merge-tokens{r=3,sites=[0]}", "prune-tokens{keep=0.5,sites=[0]}"
+
+
+def case(spec: Spec, passes: str) -> Case:
+    original, normal = captured(make(spec), draw(spec, 2))
+    return make_case(original, normal, passes, lambda batch, length: draw(spec, batch, length))
+
+
+def _forget_sizes(graph: Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=SDPA):
+        node.args = node.args[:3]
+
+
+def _forget_weights(graph: Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        node.args = (node.args[0], 6)
+
+
+def _turn_positions(graph: Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=GATHER):
+        table, index, dim = node.args
+        if isinstance(table, Node) and table.op == "get_attr":
+            with graph.inserting_before(node):
+                turned = graph.call_function(aten.flip.default, (index, [1]))
+            node.args = (table, turned, dim)
+
+
+def _pick_another(graph: Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=aten.select.int):
+        if node.args[1:] == (1, 0):
+            node.args = (node.args[0], 1, 1)
+
+
+def _restore_zeros(graph: Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=SCATTER):
+        with graph.inserting_before(node):
+            zeros = graph.call_function(aten.zeros_like.default, (node.args[0],))
+        node.args = (zeros, *node.args[1:])
+
+
+def _mix_samples(graph: Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=GATHER):
+        with graph.inserting_before(node):
+            turned = graph.call_function(aten.flip.default, (node.args[1], [0]))
+        node.args = (node.args[0], turned, *node.args[2:])
+
+
+SABOTAGE: dict[str, tuple[Spec, str, Callable[[Graph], None], str]] = {
+    "sizes": (Spec(out="tokens"), MERGE, _forget_sizes, "emulation"),
+    "mean": (Spec(out="mean"), MERGE, _forget_weights, "emulation"),
+    "rotary": (Spec(position="rotary", out="mean"), MERGE, _turn_positions, "emulation"),
+    "bias": (Spec(mask="relative", out="mean"), PRUNE, _turn_positions, "emulation"),
+    "pick": (Spec(front=1, out="cls"), PRUNE, _pick_another, "emulation"),
+    "restore": (Spec(out="tokens"), PRUNE, _restore_zeros, "emulation"),
+    "samples": (Spec(out="mean"), PRUNE, _mix_samples, "batch independence"),
+}
+"""A model, a pass, what is done to the reduced graph, and the check that must see it."""
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_right_programs_pass(name: str) -> None:
+    spec, passes, _, _ = SABOTAGE[name]
+    assert judge(spec, (passes,)).right == ["normal form", passes]
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_sabotage_is_seen(name: str) -> None:
+    spec, passes, sabotage, check = SABOTAGE[name]
+    made = case(spec, passes)
+    broken = replace(made, reduced=made.reduced.fork())
+    sabotage(broken.reduced.module.graph)
+    broken.reduced.module.recompile()
+    assert any(fault.startswith(check) for fault in faults(broken))
+
+
+def test_duplicates_see_sizes_that_were_forgotten() -> None:
+    made = case(Spec(out="mean"), MERGE)
+    _forget_sizes(made.reduced.module.graph)
+    made.reduced.module.recompile()
+    assert any(fault.startswith("duplicates") for fault in faults(made))
