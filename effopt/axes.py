@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 from effopt.program import Program, shape
 
@@ -23,10 +24,11 @@ class Axis:
     """One identity. A bound axis stands for the factors that it was found to be made of.
 
     `cuts` are the axes that know something of themselves (segments, parts, what they were reduced
-    from) and were found to be products in which this one is a factor.
+    from) and were found to be products in which this one is a factor. A `constant` axis was not
+    found on data of the sample so far: on weights, position tables and masks alone.
     """
 
-    __slots__ = ("bound", "cuts", "name", "parts", "reduced_from", "segments", "size")
+    __slots__ = ("bound", "constant", "cuts", "name", "parts", "reduced_from", "segments", "size")
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Axis:
         self.segments = segments
         self.parts = parts
         self.reduced_from = reduced_from
+        self.constant = False
         self.cuts: tuple[Axis, ...] = ()
         self.bound: Dim | None = None
 
@@ -145,6 +148,7 @@ def bind(axis: Axis, dim: Dim) -> None:
     cuts = (*axis.cuts, *((axis,) if len(dim) > 1 and _knows(axis) else ()))
     for factor in dim:
         factor.cuts = (*factor.cuts, *(cut for cut in cuts if cut not in factor.cuts))
+        factor.constant = factor.constant and axis.constant
     axis.bound = dim
 
 
@@ -178,6 +182,7 @@ def split(axis: Axis, outer: Size) -> tuple[Axis, Axis]:
     """Cut an axis into two new identities, outer times inner, and bind it to them."""
     first = Axis(f"{axis.name}:{outer}", outer)
     second = Axis(f"{axis.name}:", divide(axis.size, outer))
+    first.constant = second.constant = True  # bind says otherwise if the whole is data
     bind(axis, (first, second))
     return first, second
 
@@ -221,14 +226,48 @@ class AxisMap:
         return tuple(leaves(dim) for dim in self.dims[node])
 
 
+@dataclass
+class Propagation(AxisMap):
+    """An AxisMap while it grows: what holds no data of the sample is read anew by each reader.
+
+    One table of positions can be added to two sequences, and one `arange` can make the masks of
+    both: that their sizes are equal does not make them one.
+    """
+
+    constant: set[Node] = field(default_factory=set)
+
+    def of(self, node: Node) -> Dims:
+        """Return dims for a rule: those of a constant that data has claimed are made anew."""
+        dims = super().of(node)
+        if node not in self.constant:
+            return dims
+        return tuple(tuple(map(_unclaimed, dim)) for dim in dims)
+
+    def put(self, node: Node, dims: Any, constant: bool) -> None:
+        """Note what a rule found."""
+        self.dims[node] = dims
+        if constant:
+            self.constant.add(node)
+            for axis in pytree.tree_leaves(dims):
+                axis.constant = axis.bound is None or axis.constant
+
+
+def _unclaimed(axis: Axis) -> Axis:
+    if axis.constant:
+        return axis
+    made = Axis(axis.name, axis.size)
+    made.constant = True
+    return made
+
+
 def find_axes(program: Program) -> AxisMap:
     """Propagate axes through a program, once, in execution order (an Analysis)."""
     from effopt.axis_table import propagate
 
-    found = AxisMap()
+    found = Propagation()
     for node in program.nodes():
         propagate(found, node)
-    return found
+    return AxisMap(found.dims, found.unknown, found.mixed)
 
 
 def fresh_dims(node: Node) -> Dims:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -19,6 +20,7 @@ from effopt.axes import (
     fresh_dims,
     leaves,
     same_size,
+    size_of,
     unify,
 )
 from effopt.axis_rules import argument, dim_arg, first, int_list, named_dims, tensors
@@ -80,7 +82,10 @@ def narrow(found: AxisMap, node: Node) -> Dims:
 
 
 def join(found: AxisMap, node: Node) -> Dims:
-    """`cat`: the joined dimension is a new axis with segments; the others are one."""
+    """`cat`: the joined dimension is a new axis with segments; the others are one.
+
+    What was cut apart and is joined again in order is what it was before.
+    """
     parts, place = [part for part in tensors(node) if not _is_empty(part)], dim_arg_of_list(node)
     if len(parts) < 2:
         return found.of(parts[0]) if parts else fresh_dims(node)
@@ -89,12 +94,43 @@ def join(found: AxisMap, node: Node) -> Dims:
         for spot, dim in enumerate(found.of(other)):
             if spot != place and dim and dims[spot]:
                 unify(dims[spot], dim)
+    whole = rejoined(found, node)
+    if whole is not None:
+        dims[place] = whole
+        return tuple(dims)
     segments, start = list[Segment](), 0
     for part in parts:
-        segments += _segments(found.of(part)[place], part, start, shape(part)[place])
+        segments += _segments(found, part, place, start)
         start = start + shape(part)[place]
     dims[place] = (Axis(f"{node.name}.{place}", start, tuple(segments)),)
     return tuple(dims)
+
+
+def rejoined(found: AxisMap, node: Node) -> Dim | None:
+    """Return the dimension that the parts of a `cat` are all of, in order; None for others."""
+    place, parts = dim_arg_of_list(node), [part for part in tensors(node) if not _is_empty(part)]
+    cuts = [_cuts(found, part, place) for part in parts]
+    for head in cuts[0]:
+        whole, reached = leaves(head.whole), head.stop
+        if not same_size(head.start, 0):
+            continue
+        for own in cuts[1:]:
+            nexts = [c for c in own if leaves(c.whole) == whole and same_size(c.start, reached)]
+            reached = nexts[0].stop if nexts else -1
+        if same_size(reached, size_of(whole)):
+            return whole
+    return None
+
+
+def _cuts(found: AxisMap, part: Node, place: int) -> tuple[Part, ...]:
+    """Return what a dimension was cut out of; a single place has no axis that would know it."""
+    dim = found.of(part)[place]
+    if len(dim) == 1:
+        return dim[0].parts
+    if dim or part.target is not torch.ops.aten.slice.Tensor or dim_arg(part, 1) != place:
+        return ()
+    start, stop, step = slice_range(part)
+    return (Part(found.of(first(part))[place], start, stop),) if step == 1 else ()
 
 
 def _is_empty(part: Node) -> bool:
@@ -111,7 +147,7 @@ def pad(found: AxisMap, node: Node) -> Dims:
         if all(known_within(edge, 0) for edge in (before, after)):
             axis.parts = (Part(dims[place], 0 - before, sizes[place] + after),)
         elif fills(node) and all(known_within(0, edge) for edge in (before, after)):
-            inner = _segments(dims[place], first(node), before, sizes[place])
+            inner = _segments(found, first(node), place, before)
             rims = (Segment(0, before, True), Segment(before + sizes[place], size, True))
             edges = zip(rims, (before, after), strict=True)
             head, tail = ([rim] if not same_size(edge, 0) else [] for rim, edge in edges)
@@ -138,12 +174,12 @@ MODES = re.compile("reflect|replicat|circular")
 """Paddings that repeat what is there, by the names of their operators."""
 
 
-def _segments(dim: Dim, part: Node, start: Any, size: Any) -> list[Segment]:
+def _segments(found: AxisMap, part: Node, place: int, start: Any) -> list[Segment]:
     """Return the segments of one joined part; what was joined or cut before keeps its own."""
-    axis = dim[0] if len(dim) == 1 else None
-    if axis is not None and axis.segments:
-        return [Segment(start + s.start, start + s.stop, s.learned) for s in axis.segments]
-    for cut in axis.parts if axis is not None else ():
+    dim, size = found.of(part)[place], shape(part)[place]
+    if len(dim) == 1 and dim[0].segments:
+        return [Segment(start + s.start, start + s.stop, s.learned) for s in dim[0].segments]
+    for cut in _cuts(found, part, place):
         whole = leaves(cut.whole)
         inside = whole[0].segments if len(whole) == 1 else ()
         for segment in inside:

@@ -13,7 +13,7 @@ from effopt import axis_parts as parts
 from effopt import axis_products as products
 from effopt import axis_rules as rules
 from effopt import axis_views as views
-from effopt.axes import AxisError, AxisMap, MixedError, fresh, fresh_dims
+from effopt.axes import AxisError, MixedError, Propagation, fresh, fresh_dims
 from effopt.axis_rules import Rule, named_dims
 from effopt.kernel import kernels
 from effopt.program import is_tensor, value
@@ -178,21 +178,23 @@ def is_pointwise(target: object) -> bool:
     return torch.Tag.pointwise in target.tags and len(target._schema.returns) == 1
 
 
-def propagate(found: AxisMap, node: Node) -> None:
+def propagate(found: Propagation, node: Node) -> None:
     """Find the dims of one node from those of its arguments, or say why they are unknown."""
     many = isinstance(value(node), (tuple, list))
     if node.op == "output" or not (many or is_tensor(node)):
         return
     if node.op in ("placeholder", "get_attr"):
-        found.dims[node] = fresh_dims(node)
+        found.put(node, fresh_dims(node), constant=node.op == "get_attr")
         return
+    sources = (source for source in node.all_input_nodes if source in found.dims)
+    constant = all(source in found.constant for source in sources)
     try:
-        found.dims[node] = _rule(node)(found, node)
+        found.put(node, _rule(node)(found, node), constant)
     except AxisError as error:
         found.unknown[node] = str(error)
         if isinstance(error, MixedError):
             found.mixed[node] = str(error)
-        found.dims[node] = _opaque(node)
+        found.put(node, _opaque(node), constant)
 
 
 def _rule(node: Node) -> Rule:

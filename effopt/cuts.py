@@ -30,6 +30,9 @@ SIZE_ONLY = (
 )
 """Operators that read the shape of their operand and not what it holds, as the creating ones do."""
 
+SEEN_THROUGH = ("pointwise", "cast", "view", "permute", "transpose")
+"""Families whose operators on one feature leave it what it is, scaled or laid out otherwise."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -148,12 +151,23 @@ def _is_residual(node: Node, whole: set[Node], flow: _Flow) -> bool:
     operands = [arg for arg in node.all_input_nodes if arg in flow.held]
     if node.target is not aten.add.Tensor or len(operands) < 2:
         return False
-    return any(arg not in flow.nodes or _origin(arg, flow) in whole for arg in operands)
+    return any(arg not in flow.nodes or arg in whole for arg in _terms(node, flow))
+
+
+def _terms(node: Node, flow: _Flow) -> set[Node]:
+    """Return what a sum is made of: parallel branches are added one after another."""
+    found, todo = set[Node](), [node]
+    while todo:
+        added = (arg for arg in todo.pop().all_input_nodes if arg in flow.held)
+        new = {_origin(arg, flow) for arg in added} - found
+        todo += [term for term in new if term.target is aten.add.Tensor and term in flow.nodes]
+        found |= new
+    return found
 
 
 def _origin(node: Node, flow: _Flow) -> Node:
-    """See through scales, casts and views of one feature."""
-    while family(node) in ("pointwise", "cast", "view", "permute", "transpose"):
+    """See through scales, masks, casts and views of one feature; a sum is what it is."""
+    while family(node) in SEEN_THROUGH and node.target is not aten.add.Tensor:
         operands = flow.operands(node)
         if len(operands) != 1:
             break

@@ -9,7 +9,7 @@ from torch.fx import Node
 from effopt.attention import is_causal
 from effopt.axes import Dim, leaves
 from effopt.axis_index import indices, looked_up
-from effopt.axis_parts import dim_arg_of_list, slice_range
+from effopt.axis_parts import dim_arg_of_list, rejoined, slice_range
 from effopt.axis_products import letters
 from effopt.axis_rules import (
     Places,
@@ -23,7 +23,7 @@ from effopt.axis_rules import (
 )
 from effopt.axis_views import repeats
 from effopt.program import shape, value
-from effopt.tokens import BROKEN, MAP, Effect, Kind, Tokens
+from effopt.tokens import BROKEN, MAP, Effect, Kind, Range, Tokens
 
 aten = torch.ops.aten
 
@@ -213,11 +213,13 @@ def slice_(node: Node, tokens: Tokens) -> Effect:
 
 
 def join(node: Node, tokens: Tokens) -> Effect:
-    """Tensors are joined along another dimension than the tokens."""
+    """Tensors are joined along another dimension, or the tokens are joined again in order."""
     place = dim_arg_of_list(node)
-    if any(place in tokens.on(part) for part in tensors(node)):
-        return order("the tokens are joined with others")
-    return MAP
+    if not any(place in tokens.on(part) for part in tensors(node)):
+        return MAP
+    whole = tokens.on(node).get(place) == Range(0, tokens.size, True)
+    again = whole and rejoined(tokens.axes, node) == tokens.dim
+    return MAP if again else order("the tokens are joined with others")
 
 
 def write(node: Node, tokens: Tokens) -> Effect:

@@ -102,7 +102,7 @@ class _Picture:
         parts, most = list[Markup](), int(width / _CHARACTER)
         for kind, words in self._heading(lane):
             y += _LINE + 3 * (kind == "lane")
-            room = int(most * 0.75) if kind == "lane" else most
+            room = int(most * 0.66) if kind == "lane" else most
             parts.append(_text(x, y, shorten(clean(words), room), kind))
         y += 14
         top = y + 12

@@ -85,7 +85,7 @@ def _filled(begin: str, words: str, width: int) -> str:
 
 def _head(found: "Explanation", width: int) -> str:
     count = count_text(found.parameters, "").strip()
-    lines = [clean(found.model), f"  {count} parameters, {found.operators} operators"]
+    lines = [_filled("", found.model, width), f"  {count} parameters, {found.operators} operators"]
     for row in found.inputs:
         sizes = ", ".join(map(str, row.shape))
         lines.append(_filled("  input ", f"{row.name} [{sizes}] {row.dtype}", width))
@@ -93,7 +93,7 @@ def _head(found: "Explanation", width: int) -> str:
 
 
 def _axis(axis: AxisRow, refusals: Refusals, width: int) -> str:
-    lines = [clean(f"{axis.name}: {axis.size} tokens")]
+    lines = [_filled("", f"{axis.name}: {axis.size} tokens", width)]
     for name, words in _facts(axis, refusals):
         lines.append(_filled(f"  {name}".ljust(_INDENT), words, width))
     return "\n".join(lines)

@@ -47,7 +47,12 @@ def parts_of(mask: Node | None) -> MaskParts:
     todo = [] if mask is None else [mask]
     while todo:
         part = todo.pop()
-        if _keeps_rank(part) or part.target in AND or _is_sum(part):
+        if _is_sum(part):
+            terms = [arg for arg in part.args[:2] if isinstance(arg, Node)]
+            # A condition in a sum counts as 1 and 0: it hides nothing.
+            added += [term for term in terms if value(term).dtype == torch.bool]
+            todo += reversed([term for term in terms if value(term).dtype != torch.bool])
+        elif _keeps_rank(part) or part.target in AND:
             todo += reversed([arg for arg in part.args[:2] if isinstance(arg, Node)])
         elif part.target in CHOICES and is_low(part.args[2]):
             condition, kept = part.args[:2]

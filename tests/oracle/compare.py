@@ -58,9 +58,12 @@ def mixes_samples(case: Case) -> bool:
     """Tell whether the model itself reads one sample for another."""
     inputs = case.draw(3, None)
     together = case.original.run(inputs)
-    alone = case.original.run(one_row(case, inputs, 1))
-    rows = [row_of(case, out, place, 1) for place, out in enumerate(together)]
-    return bool(differ(alone, rows, CLOSE))
+    for row in (0, 1):
+        alone = case.original.run(one_row(case, inputs, row))
+        rows = [row_of(case, out, place, row) for place, out in enumerate(together)]
+        if differ(alone, rows, CLOSE):
+            return True
+    return False
 
 
 def one_row(case: Case, inputs: Inputs, row: int) -> Inputs:
