@@ -81,7 +81,7 @@ class _Picture:
             parts += [markup for markup, _ in drawn]
             y = max(foot for _, foot in drawn) + 34
         if not lanes:
-            parts.append(_text(_RIM, y, "No attention call was found.", "soft"))
+            parts.append(_text(_RIM, y, "No attention call is known.", "soft"))
             y += 34
         reasons, y = self._reasons(y)
         parts += [*reasons, _legend(y + 8)]

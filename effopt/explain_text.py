@@ -49,7 +49,7 @@ def render(found: "Explanation", width: int) -> str:
     parts = [
         _head(found, width),
         *(_axis(axis, refusals, width) for axis in found.axes),
-        "" if found.axes else "No self-attention was found: no axis is known to count tokens.",
+        "" if found.axes else _filled("", _no_axis(found), width),
         _section("Attention calls", _calls(found), width),
         _section("Exits: behind these blocks, one value carries everything", _exits(found), width),
         _section("Groups: linear layers that read one value", _groups(found.groups), width),
@@ -66,7 +66,12 @@ def _section(title: str, entries: Iterable[Entry], width: int) -> str:
         for name, texts in entries
         for place, words in enumerate(texts)
     ]
-    return "\n".join([title, *lines]) if lines else ""
+    return "\n".join([_filled("", title, width), *lines]) if lines else ""
+
+
+def _no_axis(found: "Explanation") -> str:
+    known = "No token axis was found" if found.calls or found.refused else "There is no attention"
+    return f"{known}: nothing is known to count tokens."
 
 
 def _reasons(refusals: Refusals, width: int) -> str:

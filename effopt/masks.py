@@ -13,6 +13,7 @@ from effopt.axes import same_size
 from effopt.axis_rules import tensors
 from effopt.axis_table import family
 from effopt.errors import PreconditionError
+from effopt.kernel import kernel
 from effopt.program import is_tensor, shape, value, where
 from effopt.sites import TokenAxis
 from effopt.tokens import Kind
@@ -112,6 +113,9 @@ def is_low(arg: Any) -> bool:
     return number is not None and number <= LOW
 
 
+ONE_PASS = "merge at all sites in one pass: name them in its option sites"
+
+
 @dataclass(frozen=True)
 class Padding:
     """The boolean [B, 1, 1, N] mask (True = attend) of all attention calls over an axis, or none.
@@ -127,6 +131,12 @@ def find_padding(axis: TokenAxis) -> Padding:
     """Find the padding mask that all attention calls over the axis share."""
     calls = [node for node, found in axis.effects.items() if found.kind is Kind.ATTEND]
     own = [call for call in calls if _keys_on(axis, call)]
+    if any(
+        node.target is kernel("merge_tokens").op and axis.tokens.on(node)
+        for node in axis.tokens.axes.dims
+    ):
+        reason = "these tokens were merged before, and a second pass does not know their sizes"
+        return Padding(refusal=PreconditionError(where(own[0]), reason, ONE_PASS))
     vectors = list[Node | None]()
     for call in own:
         parts = parts_of(mask_of(call))

@@ -312,7 +312,8 @@ def test_inspect(
 
     given: list[dict[str, Any]] = []
 
-    def explain(model: Any, inputs: Any, **options: Any) -> Explanation:
+    def explain(model: Any, inputs: Any, *, progress: Any, **options: Any) -> Explanation:
+        progress(f"explain{EVIL}")
         given.append(options)
         return Explanation()
 

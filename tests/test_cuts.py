@@ -163,7 +163,7 @@ def test_masks_and_position_biases_are_at_hand_everywhere() -> None:
 def test_the_share_is_the_work_that_a_shortened_model_does() -> None:
     def depth(count: int) -> Program:
         def wire(net: Wired, x: Tensor) -> Tensor:
-            for block in net.blocks[:count]:  # type: ignore[index]
+            for block in net.blocks[:count]:
                 x = block(x)
             return x
 

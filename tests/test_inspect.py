@@ -93,7 +93,7 @@ def test_an_image_model() -> None:
     assert (call.queries, call.keys, call.heads, call.head_dim) == ("tokens", "tokens", 2, 16)
     assert (call.mask, call.cross, call.causal) == ("none", False, False)
     assert [row.block for row in found.exits] == [0, 1, 2]
-    assert found.unknown == found.refused == ()
+    assert (found.unknown, found.refused) == ((), ())
 
 
 def test_groups_are_the_layers_that_read_one_value() -> None:
@@ -203,8 +203,8 @@ def test_probes_are_passes_of_the_table() -> None:
 def test_a_model_without_attention() -> None:
     found = effopt.explain(nn.Linear(3, 2), torch.randn(2, 3))
     assert (found.axes, found.calls, found.exits) == ((), (), ())
-    assert "No self-attention was found" in found.text()
-    assert "No attention call was found." in found.svg()
+    assert "There is no attention" in found.text()
+    assert "No attention call is known." in found.svg()
 
 
 # --- text -------------------------------------------------------------------------------------
@@ -217,10 +217,22 @@ def test_the_text() -> None:
 
 GOLDEN = """\
 Net
-  6.25 k parameters, 64 operators
+  6.25 k parameters, 61 operators
   input x [batch, 12, 16] float32
 
-No self-attention was found: no axis is known to count tokens.
+tokens: 12 tokens
+  made by        x (placeholder)
+  protected      none
+  outputs        an average over the tokens
+  attention      every token sees all, no padding mask
+  merge-tokens   possible
+  prune-tokens   possible
+  sites          blocks 0-1: tokens may leave
+                 block 2: no, see 1
+
+Attention calls
+  blocks 0-2     blocks.*.attn
+                 tokens, 2 heads of 8, no mask
 
 Exits: behind these blocks, one value carries everything
   blocks 0-2     blocks.* (add.Tensor)
@@ -230,18 +242,10 @@ Groups: linear layers that read one value
   13 x           one layer alone reads its value
 
 Refusals
-  1  unify-layers failed: AttributeError: 'Axis' object has no attribute
-     'constant'
-     do  this is a defect of effopt: please report it
-  2  token axes failed: AttributeError: 'Axis' object has no attribute
-     'constant'
-     do  this is a defect of effopt: please report it
-  3  attention calls failed: AttributeError: 'Axis' object has no attribute
-     'constant'
-     do  this is a defect of effopt: please report it
-  4  unknown operators failed: AttributeError: 'Axis' object has no attribute
-     'constant'
-     do  this is a defect of effopt: please report it
+  1  it depends on the order of the tokens
+     at  cumsum (cumsum.default), file.py
+     do  leave this block out (options first, last or sites), or keep the model
+         as it is
 """
 
 

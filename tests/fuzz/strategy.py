@@ -112,7 +112,8 @@ def _maybe(text: str) -> st.SearchStrategy[str]:
 def passes(depth: int) -> st.SearchStrategy[str]:
     """Draw a token pass, now and then two."""
     r = st.one_of(st.integers(1, 4).map(str), st.sampled_from(("0.2", "0.34", "0.49")))
-    where = st.one_of(st.just(""), _places(depth), st.just("first=1"), st.just("last=-2"))
+    ends = ("first=1", "last=-2") if depth > 1 else ("first=0",)
+    where = st.one_of(st.just(""), _places(depth), st.sampled_from(ends))
     merge = _options(
         r.map(lambda n: f"r={n}"), where, _maybe("proportional=false"), _maybe("schedule=linear")
     ).map(lambda found: f"merge-tokens{{{found}}}")

@@ -32,8 +32,7 @@ def duplicates(case: Case) -> Faults:
     start = first + first % 2
     order[start + 1 : last : 2] = order[start : last - 1 : 2]
     pairs = (last - start) // 2
-    removed = _removed(case, inputs)
-    if removed > pairs:
+    if _removals(case, inputs) > [pairs]:
         return []
     changes = _changes(case, site, order, record(case.normal, inputs).values)
     return _turned(case, changes, inputs, (case.reduced, case.normal), None)
@@ -45,7 +44,8 @@ def permutation(case: Case) -> Faults:
     if len(found) != 1 or _reduced_before(case):
         return []
     site = next(s for s in case.axis.sites if s.node.name == found[0].site)
-    if mask_of(site.attention) is not None or is_causal(site.attention):
+    masked = mask_of(site.attention) is not None or is_causal(site.attention)
+    if masked or _reads_positions(case):
         return []  # the choice itself reads where tokens are
     inputs = case.draw(2, None)
     first, last = _removable(case, inputs, site)
@@ -108,10 +108,10 @@ def _removable(case: Case, inputs: Inputs, site: Site) -> tuple[int, int]:
     return case.axis.prefix, count - case.axis.suffix
 
 
-def _removed(case: Case, inputs: Inputs) -> int:
-    run = record(case.reduced, inputs)
-    (step,) = steps(case, run, 0)
-    return step.weights.shape[1] - len(step.places)
+def _removals(case: Case, inputs: Inputs) -> list[int]:
+    """Return how many tokens leave at each site."""
+    made = steps(case, record(case.reduced, inputs), 0)
+    return [step.weights.shape[1] - len(step.places) for step in made]
 
 
 def _proportional(case: Case) -> bool:
@@ -145,6 +145,8 @@ def padding(case: Case) -> Faults:
             tail = torch.zeros_like(x[:, :2]) if place == case.padding else x[:, :2]
             x = torch.cat([x, tail], 1)
         longer.append(x)
+    if _few_real(case, tuple(longer)) or _removals(case, inputs) != _removals(case, tuple(longer)):
+        return []  # the length itself limits how many merge
     before, after = case.original.run(inputs), case.original.run(tuple(longer))
     short, long = case.reduced.run(inputs), case.reduced.run(tuple(longer))
     real = inputs[case.padding].bool()
