@@ -3,7 +3,7 @@
 import torch
 from torch.fx import Node
 
-from effopt.axes import Size
+from effopt.axes import Size, size_of
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
@@ -23,6 +23,19 @@ def layout(axis: TokenAxis, node: Node) -> int | None:
     rows = axis.tokens.batch
     found = [place for place, dim in enumerate(dims) if dim == rows]
     return found[0] if found and rows else None
+
+
+def rows_of(axis: TokenAxis, node: Node) -> tuple[int, int] | None:
+    """Return the dimension whose outer factor is the batch, and the size of what is inside it.
+
+    Heads or windows often share a dimension with the batch: each sample has several rows there.
+    """
+    rows = axis.tokens.batch
+    for place, dim in enumerate(axis.tokens.axes.of(node)):
+        if rows and dim[: len(rows)] == rows:
+            inner = size_of(dim[len(rows) :])
+            return (place, inner) if isinstance(inner, int) else None
+    return None
 
 
 def lengths_of(edit: Edit, x: Node, place: int) -> Length:
@@ -48,7 +61,7 @@ class Lift:
     def __init__(self, edit: Edit, state: State) -> None:
         self.edit = edit
         self.state = state
-        self.made: dict[tuple[Node, int, int, int], Node] = {}
+        self.made: dict[tuple[Node, int, int, int, int], Node] = {}
         self.places: dict[tuple[int, int], Node] = {}
 
     def __call__(self, node: Node, reader: Node, epoch: int) -> Node:
@@ -126,16 +139,17 @@ class Lift:
     def _gathered(self, node: Node, reader: Node, known: int, epoch: int) -> Node:
         """Take a value at the tokens that stand for those of an epoch."""
         axis, spots = self.state.axis, self.state.axis.tokens.on(node)
-        batch, shift = layout(axis, node), 0
-        shared = batch is None
-        if batch is None:
-            batch, shift = self._batch_place(node, reader)
-        key = (node, epoch, batch, shift)
+        rows, shift = rows_of(axis, node), 0
+        shared = rows is None
+        if rows is None:
+            rows, shift = self._batch_place(node, reader)
+        batch, inner = rows
+        key = (node, epoch, *rows, shift)
         if key not in self.made:
             made = self.state.at(node, known)
             for _ in range(shift):
                 made = self.edit.call(aten.unsqueeze.default, made, 0)
-            index = self._places(known, epoch)
+            index = repeated(self.edit, self._places(known, epoch), inner)
             for place, spot in spots.items():
                 made = self._gather(made, place + shift, batch, spot, index, reader)
             self.made[key] = made
@@ -159,15 +173,16 @@ class Lift:
         dims, own = (self.state.axis.tokens.axes.of(n) for n in (node, site.node))
         return dims == own and bool(value(node).is_floating_point())
 
-    def _batch_place(self, node: Node, reader: Node) -> tuple[int, int]:
+    def _batch_place(self, node: Node, reader: Node) -> tuple[tuple[int, int], int]:
         """Find where the batch goes in a shared value: where the reader's result has it."""
-        target = layout(self.state.axis, reader)
-        if target is None:
+        found = rows_of(self.state.axis, reader)
+        if found is None:
             reason = f"{node.name} is read where no dimension is the batch"
             raise PreconditionError(where(reader), reason, LEAVE_OUT)
+        target, inner = found
         missing = len(shape(reader)) - len(shape(node))
         pad = max(missing - target, 0)
-        return target - missing + pad, pad
+        return (target - missing + pad, inner), pad
 
     def _gather(
         self, made: Node, place: int, rows: int, spot: Range | str, index: Node, reader: Node
@@ -180,6 +195,11 @@ class Lift:
         if start:
             index = self.edit.call(aten.sub.Tensor, index, start)
         return gather(self.edit, made, index, place, rows)
+
+
+def repeated(edit: Edit, index: Node, times: int) -> Node:
+    """Repeat each row of an index [B, K] for the rows that a sample has: [B * times, K]."""
+    return index if times == 1 else edit.call(aten.repeat_interleave.self_int, index, times, 0)
 
 
 def gather(edit: Edit, x: Node, index: Node, place: int, rows: int) -> Node:

@@ -36,7 +36,10 @@ ACTIVATIONS = ("linear", "matmul", "embedding", "convolution", "norm", "attentio
 
 @dataclass(frozen=True)
 class MaskParts:
-    """A mask as conditions (True = attend), all of which must hold, and biases that add up."""
+    """A mask as conditions, all of which must hold, and biases that add up.
+
+    A condition is boolean (True = attend) or a whole number (0 = do not attend).
+    """
 
     seen: tuple[Node, ...] = ()
     added: tuple[Node, ...] = ()
@@ -45,24 +48,32 @@ class MaskParts:
 def parts_of(mask: Node | None) -> MaskParts:
     """Take a mask apart at its conjunctions, sums and choices between a bias and -infinity."""
     seen, added = list[Node](), list[Node]()
-    todo = [] if mask is None else [mask]
+    todo = [] if mask is None else [(mask, value(mask).dtype == torch.bool)]
     while todo:
-        part = todo.pop()
-        if _is_sum(part):
-            terms = [arg for arg in part.args[:2] if isinstance(arg, Node)]
-            # A condition in a sum counts as 1 and 0: it hides nothing.
-            added += [term for term in terms if value(term).dtype == torch.bool]
-            todo += reversed([term for term in terms if value(term).dtype != torch.bool])
-        elif _keeps_rank(part) or part.target in AND:
-            todo += reversed([arg for arg in part.args[:2] if isinstance(arg, Node)])
-        elif part.target in CHOICES and is_low(part.args[2]):
-            condition, kept = part.args[:2]
-            todo += [arg for arg in (kept, condition) if isinstance(arg, Node)]
-        elif value(part).dtype == torch.bool:
+        part, is_condition = todo.pop()
+        inner = [arg for arg in part.args[:2] if is_tensor(arg)]
+        if _keeps_rank(part) or (is_condition and _is_conjunction(part)):
+            todo += [(arg, is_condition) for arg in reversed(inner)]  # type: ignore[misc]
+        elif is_condition:
             seen.append(part)
+        elif _is_sum(part):
+            todo += [(arg, False) for arg in reversed(inner)]  # type: ignore[misc]
+        elif part.target in CHOICES and is_low(part.args[2]):
+            pair = zip(part.args[:2], (True, False), strict=True)
+            todo += [(arg, kind) for arg, kind in pair if is_tensor(arg)]  # type: ignore[misc]
         elif number_in(part) != 0:
             added.append(part)
     return MaskParts(tuple(dict.fromkeys(seen)), tuple(added))
+
+
+def _is_conjunction(part: Node) -> bool:
+    """Tell whether a condition holds where all its arguments do: `and`, a product, a cast."""
+    if part.target in AND:
+        return True
+    inner = part.args[0] if part.args else None
+    if not is_tensor(inner) or value(inner).is_floating_point():  # type: ignore[arg-type]
+        return False
+    return part.target in (aten.mul.Tensor, aten.to.dtype)
 
 
 def _keeps_rank(part: Node) -> bool:
@@ -118,7 +129,7 @@ ONE_PASS = "merge at all sites in one pass: name them in its option sites"
 
 @dataclass(frozen=True)
 class Padding:
-    """The boolean [B, 1, 1, N] mask (True = attend) of all attention calls over an axis, or none.
+    """The [B, 1, 1, N] condition to attend of all attention calls over an axis, or none.
 
     `refusal` says why the calls' masks cannot be told from a padding mask.
     """
@@ -142,7 +153,7 @@ def find_padding(axis: TokenAxis) -> Padding:
         parts = parts_of(mask_of(call))
         if reason := _unmergeable(axis, call, parts):
             return Padding(refusal=_refuse(call, reason))
-        vectors.append(next(iter(parts.seen), None))
+        vectors.append(next((part for part in parts.seen if _is_vector(axis, part)), None))
     if len({vector and _origin(vector) for vector in vectors}) > 1:
         reason = "the attention calls over these tokens do not share one padding mask"
         return Padding(refusal=_refuse(own[0], reason))
@@ -164,6 +175,8 @@ def _unmergeable(axis: TokenAxis, call: Node, parts: MaskParts) -> str:
     if is_causal(call):
         return "attention is causal, and a merged token would show what comes later"
     for part in parts.seen:
+        if _is_twin(axis, part, parts.seen):
+            continue
         if len(axis.tokens.on(part)) > 1:
             return "a mask that differs from query to query has no merged form"
         if not _is_vector(axis, part):
@@ -179,6 +192,17 @@ def _is_vector(axis: TokenAxis, mask: Node) -> bool:
     if set(axis.tokens.on(mask)) != {len(sizes) - 1} or len(sizes) != 4:
         return False
     return not same_size(sizes[0], 1) and all(same_size(size, 1) for size in sizes[1:3])
+
+
+def _is_twin(axis: TokenAxis, part: Node, seen: tuple[Node, ...]) -> bool:
+    """Tell whether a condition hides, of the queries, just those that another hides of the keys.
+
+    What a hidden query attends to is of no account: it is padding.
+    """
+    if set(axis.tokens.on(part)) != {len(shape(part)) - 2}:
+        return False
+    others = (other for other in seen if other is not part and _is_vector(axis, other))
+    return any(comes_from(part, other) for other in others)
 
 
 def _may_hide(bias: Node) -> str:

@@ -243,6 +243,8 @@ class _Walk:
             return self.edit.call(aten.ones_like.default, one, dtype=torch.float32)
         flat = self.edit.call(aten.select.int, self.state.padding, 1, 0)
         flat = self.edit.call(aten.select.int, flat, 1, 0)
+        if value(flat).dtype != torch.bool:
+            flat = self.edit.call(aten.ne.Scalar, flat, 0)
         return self.edit.call(aten.to.dtype, flat, torch.float32)
 
 

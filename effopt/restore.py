@@ -7,7 +7,17 @@ from torch.fx.node import map_arg
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
-from effopt.lift import LEAVE_OUT, Lift, covers, edges, gather, layout, to_rows, to_stream
+from effopt.lift import (
+    LEAVE_OUT,
+    Lift,
+    covers,
+    edges,
+    gather,
+    repeated,
+    rows_of,
+    to_rows,
+    to_stream,
+)
 from effopt.program import where
 from effopt.state import State
 from effopt.tokens import Kind, Range
@@ -48,13 +58,14 @@ class Restore:
 
     def _copied(self, node: Node, epoch: int) -> Node | None:
         """Copy merged tokens back where they stand by themselves, with the batch."""
-        spots, rows = self.state.axis.tokens.on(node), layout(self.state.axis, node)
+        spots, rows = self.state.axis.tokens.on(node), rows_of(self.state.axis, node)
         if rows is None or not all(isinstance(s, Range) and s.pure for s in spots.values()):
             return None
         made = self.state.at(node, epoch)
         for place, spot in spots.items():
             assert isinstance(spot, Range)
-            made = gather(self.edit, made, self._index(spot, epoch), place, rows)
+            index = repeated(self.edit, self._index(spot, epoch), rows[1])
+            made = gather(self.edit, made, index, place, rows[0])
         return made
 
     def _index(self, spot: Range, epoch: int) -> Node:

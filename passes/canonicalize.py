@@ -11,6 +11,7 @@ from torch.fx import Node
 from effopt.axes import same_size
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
+from effopt.passes.broadcasts import EXPANSIONS, choose_in_place_of_write, read_unexpanded
 from effopt.pipeline import Outcome
 from effopt.program import Program, is_tensor, shape, value
 
@@ -50,8 +51,11 @@ def _normalise(edit: Edit, node: Node) -> None:
     if node.target in VIEWS and node.target is not aten.reshape.default:
         edit.retarget(node, aten.reshape.default, *node.args)
     same = next((found for rule in IDENTITIES if (found := rule(node)) is not None), None)
+    same = same or choose_in_place_of_write(edit, node)
     if same is not None:
         edit.replace(node, same)
+    elif node.target in EXPANSIONS:
+        read_unexpanded(edit, node)
     elif node.target is aten.reshape.default:
         _join_views(edit, node)
 
