@@ -69,16 +69,23 @@ class _Walk:
         if epoch:
             self.state.remember(node)
             with self.edit.before(node):
-                if self.axis.is_whole(node) or self.axis.effects[node].kind is Kind.EMIT:
-                    self._restore(node)
-                else:
-                    self._mend(node, epoch)
+                self._mend(node, epoch)
         if node in self.sites:
             self._reduce(*self.sites[node])
 
     def _mend(self, node: Node, epoch: int) -> None:
-        # What an operator yields is at the operands' epoch; it is rewritten in place.
-        MENDS[self.axis.effects[node].kind](self, node, epoch)
+        """Rewrite an operator in place, at its operands' epoch, or give it all tokens back."""
+        kind = self.axis.effects[node].kind
+        if self.axis.is_whole(node) or kind is Kind.EMIT:
+            self._restore(node)
+            return
+        try:
+            MENDS[kind](self, node, epoch)
+        except PreconditionError:
+            # In a head, where no attention follows, tokens can be back early.
+            if kind is not Kind.MAP or node in self.state.feeds_attention:
+                raise
+            self._restore(node)
 
     def _restore(self, node: Node) -> None:
         """Give an operator, or the outputs, every token back: what follows is as it was."""
@@ -161,7 +168,10 @@ class _Walk:
         x = self.lift(source, node, epoch)
         size = self.state.sizes[epoch]
         plain = node.target in EXTREMES or not covers(spot, self.axis)
-        if not plain and (reason := self._uncountable(node, size)):
+        if not plain and size is None and node.target is aten.sum.dim_IntList:
+            self._restore(node)  # a sum over the tokens that are left would be another sum
+            return
+        if not plain and size is not None and (reason := self._uncountable(node)):
             raise PreconditionError(where(node), reason, LEAVE_OUT)
         if plain or size is None:
             self.edit.update(node, x, *node.args[1:], **node.kwargs)
@@ -173,11 +183,9 @@ class _Walk:
         weights = self.lift.part_of(size, spot)
         self.edit.replace(node, pool(self.edit, node, x, weights, place, rows))
 
-    def _uncountable(self, node: Node, size: Node | None) -> str:
-        """Say why a mean or a sum over the tokens that are left is not that over all, or ""."""
+    def _uncountable(self, node: Node) -> str:
+        """Say why a mean or a sum weighted by sizes is not that over all tokens, or ""."""
         total = node.target is aten.sum.dim_IntList
-        if size is None:
-            return "a sum over tokens loses those that were dropped" if total else ""
         padding = self.state.padding
         if padding is None:
             return ""
