@@ -5,6 +5,7 @@ from math import floor
 
 from effopt.axes import Size
 from effopt.errors import PreconditionError, UsageError, unknown
+from effopt.passes.unify_attention import left_alone
 from effopt.program import Program
 from effopt.sites import Site, TokenAxis, find_tokens
 
@@ -20,8 +21,11 @@ def main_axis(program: Program, name: str = "") -> TokenAxis | PreconditionError
             raise unknown("token axis", name, [axis.name for axis in program.get(find_tokens)])
     best = max(found, key=lambda axis: len(axis.usable()), default=None)
     if best is None:
-        reason = "no self-attention call was found, so nothing counts tokens"
-        return PreconditionError("model", reason, "use a transformer, or a recipe without tokens")
+        return next(iter(left_alone(program)), None) or PreconditionError(
+            "model",
+            "no self-attention call was found, so nothing counts tokens",
+            "use a transformer, or a recipe without tokens",
+        )
     if not best.usable():
         refusal = best.sites[0].refusal
         assert refusal is not None

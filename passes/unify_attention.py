@@ -49,14 +49,25 @@ class UnifyAttention:
 
     def run(self, program: Program) -> Outcome:
         """Carry facts forward from each product; rewrite where softmax weights meet values."""
-        axes = program.get(find_axes) if _needs_axes(program) else None
-        walk = Walk(Edit(program, self.name), _dead(program), axes)
-        for node in list(program.nodes()):
-            walk.visit(node)
+        walk = _walked(program)
         changed = walk.edit.close()
         noun = "call" if walk.unified == 1 else "calls"
         done = f"{walk.unified} attention {noun} unified" if changed else "no attention to unify"
-        return Outcome(changed, (done, *walk.left_alone()))
+        left = (f"{refusal.node}: {refusal.reason}" for refusal in walk.left_alone())
+        return Outcome(changed, (done, *left))
+
+
+def left_alone(program: Program) -> list[PreconditionError]:
+    """Say which attention of a program is in no form that can be unified, and why."""
+    return list(_walked(program.fork()).left_alone())
+
+
+def _walked(program: Program) -> "Walk":
+    axes = program.get(find_axes) if _needs_axes(program) else None
+    walk = Walk(Edit(program, UnifyAttention.name), _dead(program), axes)
+    for node in list(program.nodes()):
+        walk.visit(node)
+    return walk
 
 
 def _needs_axes(program: Program) -> bool:
@@ -180,9 +191,10 @@ class Walk:
         call = self.edit.call(SDPA, *args, name="attention", **kwargs)
         self.edit.replace(node, joined(self.edit, call, 3))
 
-    def left_alone(self) -> Iterator[str]:
+    def left_alone(self) -> Iterator[PreconditionError]:
         """Yield each attention that stays as it was, and why."""
-        return (f"{where(node)}: {reason}" for node, reason in self.left.items())
+        remedy = "write the attention as scaled_dot_product_attention, or keep the model as it is"
+        return (PreconditionError(where(node), why, remedy) for node, why in self.left.items())
 
 
 def _scale(logits: Logits, q: Node) -> dict[str, Any]:
