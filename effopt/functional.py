@@ -198,7 +198,11 @@ def _storages(program: Program) -> dict[Node, Any]:
             elif node.op == "call_function":
                 args, kwargs = map_arg((node.args, node.kwargs), lambda arg: found[arg])
                 assert callable(node.target)
-                found[node] = node.target(*args, **kwargs)
+                try:
+                    found[node] = node.target(*args, **kwargs)
+                except RuntimeError as error:
+                    reason = f"{where(node)} has sizes that depend on the data"
+                    raise CaptureError(reason, "give the model fixed sizes there") from error
     tensors = {node: val for node, val in found.items() if isinstance(val, Tensor)}
     return {node: _Storage(val) for node, val in tensors.items()}
 

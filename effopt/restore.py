@@ -4,6 +4,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from effopt.axes import same_size
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
@@ -18,7 +19,7 @@ from effopt.lift import (
     to_rows,
     to_stream,
 )
-from effopt.program import where
+from effopt.program import shape, where
 from effopt.state import State
 from effopt.tokens import Kind, Range
 
@@ -80,7 +81,7 @@ class Restore:
         """Put dropped tokens back if a value is the residual stream."""
         if self.stream is None:
             self.stream = _stream_values(self.state)
-        if node not in self.stream:
+        if node not in self.stream or not self._fits_frozen(node, epoch):
             return None
         places = self.state.axis.stream.places
         whole = to_rows(self.edit, self.state.at(node, epoch), places)
@@ -90,6 +91,12 @@ class Restore:
             scatter = kernel("scatter_tokens").op
             whole = self.edit.call(scatter, reduction.frozen, whole, reduction.kept)
         return to_stream(self.edit, whole, places)
+
+    def _fits_frozen(self, node: Node, epoch: int) -> bool:
+        """Tell whether the dropped tokens had as many channels as a value of the stream."""
+        channels = shape(node)[self.state.axis.stream.places[2]]
+        frozen = (reduction.frozen for reduction in self.state.reductions[:epoch])
+        return all(same_size(shape(left)[2], channels) for left in frozen)
 
     def _rerun(self, node: Node, merged: bool) -> Node:
         """Call an operator that maps tokens one by one again, on all tokens."""
@@ -137,17 +144,34 @@ def _stream_values(state: State) -> set[Node]:
 
 
 def _is_branch(state: State, branch: Node, source: Node, stream: set[Node]) -> bool:
-    """Tell whether a value is computed from one value of the residual stream alone."""
-    todo = [branch]
+    """Tell whether each term of a sum is computed from one value of the residual stream."""
+    terms, whole = [branch], list[Node]()
+    while terms:
+        term = terms.pop()
+        parts = [arg for arg in state.operands(term) if state.carries(arg)]
+        if term.target is aten.add.Tensor and len(parts) == 2:
+            terms += parts
+        else:
+            whole.append(term)
+    return all(_comes_from(state, term, source, stream) for term in whole)
+
+
+def _comes_from(state: State, term: Node, source: Node, stream: set[Node]) -> bool:
+    """Tell whether a term reads the source and no other value of the stream.
+
+    Masks and tables inside it do not matter: dropped tokens skip the whole term.
+    """
+    todo, known, found = [term], set[Node](), False
     while todo:
         node = todo.pop()
         if node is source:
-            continue
-        carried = [arg for arg in state.operands(node) if state.carries(arg)]
-        if node in stream or not carried:
+            found = True
+        elif node in stream:
             return False
-        todo += carried
-    return True
+        elif node not in known:
+            known.add(node)
+            todo += [arg for arg in state.operands(node) if state.carries(arg)]
+    return found
 
 
 def _path(state: State, node: Node, join: Node) -> list[Node]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from effopt.axes import same_size
 from effopt.edit import Edit
@@ -48,6 +49,10 @@ def _normalise(edit: Edit, node: Node) -> None:
     if node.target in CHECKS:
         edit.erase(node)
         return
+    if node.target in SHAPED_ALIKE:
+        with edit.before(node):
+            sizes = sizes_of(edit, node)
+        edit.retarget(node, SHAPED_ALIKE[node.target], node.args[0], sizes)
     if node.target in VIEWS and node.target is not aten.reshape.default:
         edit.retarget(node, aten.reshape.default, *node.args)
     same = next((found for rule in IDENTITIES if (found := rule(node)) is not None), None)
@@ -58,6 +63,16 @@ def _normalise(edit: Edit, node: Node) -> None:
         read_unexpanded(edit, node)
     elif node.target is aten.reshape.default:
         _join_views(edit, node)
+
+
+def sizes_of(edit: Edit, node: Node) -> list[Argument]:
+    """Write the sizes of a result as arguments: -1 for a free one, a node for each further one."""
+    free = [place for place, size in enumerate(shape(node)) if not isinstance(size, int)]
+    sizes: list[Argument] = list(shape(node))
+    for place in free:
+        other = node.args[1]
+        sizes[place] = -1 if len(free) == 1 else edit.call(aten.sym_size.int, other, place)
+    return sizes
 
 
 def _join_views(edit: Edit, node: Node) -> None:
@@ -99,6 +114,16 @@ def _neutral(node: Node) -> Node | None:
     return x if value(x).dtype == value(node).dtype and not node.kwargs else None
 
 
+def _lone_part(node: Node) -> Node | None:
+    """cat([nothing, x]) is x: an unfilled cache is a vector of no elements."""
+    if node.target is not aten.cat.default:
+        return None
+    parts = [part for part in node.args[0] if list(shape(part)) != [0]]  # type: ignore[union-attr,arg-type]
+    if len(parts) != 1 or not isinstance(parts[0], Node):
+        return None
+    return parts[0] if value(parts[0]).dtype == value(node).dtype else None
+
+
 def _eval_dropout(node: Node) -> Node | None:
     dropouts = (aten.dropout.default, aten.feature_dropout.default)
     inert = node.target in dropouts and (node.args[2] is False or node.args[1] == 0)
@@ -136,6 +161,11 @@ def _hashable(arg: Any) -> Any:
     return (type(arg), arg) if isinstance(arg, (bool, int, float)) else arg
 
 
+SHAPED_ALIKE = {
+    aten.reshape_as.default: aten.reshape.default,
+    aten.view_as.default: aten.reshape.default,
+}
+"""Operators that take the shape of another tensor, and those that take sizes."""
 CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 IDENTICAL = (
     *(aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default),
@@ -149,5 +179,5 @@ NEUTRAL: dict[Any, int] = {
     aten.div.Tensor: 1,
 }
 IDENTITIES: tuple[Callable[[Node], Node | None], ...] = (
-    *(_eval_dropout, _whole_slice, _unchanged, _neutral),
+    *(_eval_dropout, _lone_part, _whole_slice, _unchanged, _neutral),
 )
