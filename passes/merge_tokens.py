@@ -23,7 +23,7 @@ from effopt.passes.schedule import (
     expand_values,
     fixed,
     linear,
-    main_axis,
+    plan_on_axis,
     removable,
 )
 from effopt.pipeline import Outcome
@@ -100,10 +100,10 @@ class MergeTokens:
     def _listed(self) -> tuple[int | float, ...]:
         return self.r if isinstance(self.r, tuple) else (self.r,)
 
-    def _plan(self, program: Program) -> "tuple[TokenAxis, dict[Site, int]] | PreconditionError":
-        axis = main_axis(program, self.axis)
-        if isinstance(axis, PreconditionError):
-            return axis
+    def _plan(self, program: Program) -> "_Plan | PreconditionError":
+        return plan_on_axis(program, self.axis, self._plan_on)
+
+    def _plan_on(self, axis: TokenAxis) -> "_Plan | PreconditionError":
         if refusal := find_padding(axis).refusal:
             return refusal
         sites = choose_sites(axis, self.sites, self.first, self.last)
@@ -126,6 +126,10 @@ class MergeTokens:
         return expand_values(self.r, sites, "r")
 
 
+_Plan = tuple[TokenAxis, dict[Site, int]]
+"""The axis, and how many of its tokens merge at each site."""
+
+
 def _count(r: int | float, tokens: int) -> int:
     """Resolve a share of the tokens to a number."""
     return floor(r * tokens) if isinstance(r, float) else r
@@ -143,7 +147,7 @@ def _effective(axis: TokenAxis, wanted: dict[Site, int | float], tokens: int) ->
 
 def _free_length(
     axis: TokenAxis, sites: list[Site], wanted: list[int | float]
-) -> tuple[TokenAxis, dict[Site, int]] | PreconditionError:
+) -> "_Plan | PreconditionError":
     """Take whole numbers as they are: they are clamped when the engine runs."""
     shares = [r for r in wanted if isinstance(r, float)]
     if shares:
@@ -211,5 +215,10 @@ def _outcome(changed: bool, axis: TokenAxis, counts: dict[Site, int]) -> Outcome
         rows.append({"path": site.path, "block": site.block, "before": tokens, "after": tokens - r})
         notes.append(f"block {site.block}: {tokens} -> {tokens - r} tokens")
         tokens -= r
-    facts = {"sites": rows, "tokens": fixed(axis.size), "protected": [axis.prefix, axis.suffix]}
+    facts = {
+        "axis": axis.name,
+        "sites": rows,
+        "tokens": fixed(axis.size),
+        "protected": [axis.prefix, axis.suffix],
+    }
     return Outcome(changed, tuple(notes), facts)

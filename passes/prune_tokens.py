@@ -24,7 +24,7 @@ from effopt.passes.schedule import (
     choose_sites,
     expand_values,
     fixed,
-    main_axis,
+    plan_on_axis,
 )
 from effopt.pipeline import Outcome
 from effopt.program import Program, where
@@ -100,12 +100,10 @@ class PruneTokens:
         rates = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         return all(rate == 1 for rate in rates)
 
-    def _plan(
-        self, program: Program
-    ) -> "tuple[TokenAxis, dict[Site, tuple[int, int]]] | PreconditionError":
-        axis = main_axis(program, self.axis)
-        if isinstance(axis, PreconditionError):
-            return axis
+    def _plan(self, program: Program) -> "_Plan | PreconditionError":
+        return plan_on_axis(program, self.axis, lambda axis: self._plan_on(program, axis))
+
+    def _plan_on(self, program: Program, axis: TokenAxis) -> "_Plan | PreconditionError":
         causal = looks_back(program, axis)
         if causal and not axis.picks:
             axis = replace(axis, picks=(-1,), suffix=max(axis.suffix, 1))
@@ -131,6 +129,10 @@ class PruneTokens:
             counts[site] = (before, kept)
             before = kept + (self.fuse and kept < before)
         return counts
+
+
+_Plan = tuple[TokenAxis, dict[Site, tuple[int, int]]]
+"""The axis, and how many tokens there are before and after each site."""
 
 
 def _refusal(
@@ -207,5 +209,10 @@ def _outcome(
         after = kept + (fuse and kept < before)
         rows.append({"path": site.path, "block": site.block, "before": before, "after": after})
         notes.append(f"block {site.block}: {before} -> {after} tokens")
-    facts = {"sites": rows, "tokens": fixed(axis.size), "protected": [axis.prefix, axis.suffix]}
+    facts = {
+        "axis": axis.name,
+        "sites": rows,
+        "tokens": fixed(axis.size),
+        "protected": [axis.prefix, axis.suffix],
+    }
     return Outcome(changed, tuple(notes), facts)

@@ -1,7 +1,8 @@
 """Schedules: how many tokens leave at which block, resolved to one number a site."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import floor
+from typing import TypeVar
 
 from effopt.axes import Size
 from effopt.errors import PreconditionError, UsageError, unknown
@@ -12,25 +13,45 @@ from effopt.sites import Site, TokenAxis, find_tokens
 SCHEDULES = ("constant", "linear")
 
 
-def main_axis(program: Program, name: str = "") -> TokenAxis | PreconditionError:
-    """Return the named token axis, or the one with the most usable sites; or why there is none."""
-    found = program.get(find_tokens)
-    if name:
-        found = tuple(axis for axis in found if axis.name == name)
-        if not found:
-            raise unknown("token axis", name, [axis.name for axis in program.get(find_tokens)])
-    best = max(found, key=lambda axis: len(axis.usable()), default=None)
-    if best is None:
+Plan = TypeVar("Plan")
+
+
+def plan_on_axis(
+    program: Program, name: str, plan: Callable[[TokenAxis], Plan | PreconditionError]
+) -> Plan | PreconditionError:
+    """Make a plan for the named token axis; without a name, for the first that can be reduced.
+
+    Axes come by the number of their usable sites. Returns the first refusal if all refuse.
+    """
+    axes = token_axes(program, name)
+    if isinstance(axes, PreconditionError):
+        return axes
+    plans = [plan(axes[0])]
+    for axis in axes[1:]:
+        if not isinstance(plans[-1], PreconditionError):
+            return plans[-1]
+        plans.append(plan(axis))
+    return plans[-1] if not isinstance(plans[-1], PreconditionError) else plans[0]
+
+
+def token_axes(program: Program, name: str = "") -> list[TokenAxis] | PreconditionError:
+    """Return the axes with usable sites, those with most first; or why there is none."""
+    known = program.get(find_tokens)
+    found = [axis for axis in known if name in ("", axis.name)]
+    if known and not found:
+        raise unknown("token axis", name, [axis.name for axis in known])
+    if not found:
         return next(iter(left_alone(program)), None) or PreconditionError(
             "model",
             "no self-attention call was found, so nothing counts tokens",
             "use a transformer, or a recipe without tokens",
         )
-    if not best.usable():
-        refusal = best.sites[0].refusal
+    usable = [axis for axis in found if axis.usable()]
+    if not usable:
+        refusal = found[0].sites[0].refusal
         assert refusal is not None
         return refusal
-    return best
+    return sorted(usable, key=lambda axis: -len(axis.usable()))
 
 
 def choose_sites(

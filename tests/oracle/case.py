@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from effopt.capture import capture
-from effopt.passes.schedule import main_axis
 from effopt.pipeline import Pipeline, Step, parse_passes
 from effopt.program import Program
-from effopt.sites import TokenAxis
+from effopt.sites import TokenAxis, find_tokens
 from effopt.verify import verify
 from tests.check import NORMAL
 
@@ -40,9 +39,10 @@ class Case:
         return "length" in self.original.ranges
 
 
-def apply(program: Program, spec: str) -> Program:
-    """Run a spec string."""
-    return Pipeline([Step(step) for step in parse_passes(spec)]).run(program)[0]
+def apply(program: Program, spec: str) -> tuple[Program, str]:
+    """Run a spec string of token passes; return the program and the name of the reduced axis."""
+    reduced, records = Pipeline([Step(step) for step in parse_passes(spec)]).run(program)
+    return reduced, next((record.facts["axis"] for record in records if record.facts), "tokens")
 
 
 def captured(
@@ -66,9 +66,8 @@ def _normal(program: Program) -> Program:
 
 def make_case(original: Program, normal: Program, spec: str, draw: Draw | None = None) -> Case:
     """Reduce a program in normal form; EffoptError where that is refused."""
-    reduced = apply(normal, spec)
-    axis = main_axis(normal)
-    assert isinstance(axis, TokenAxis)
+    reduced, name = apply(normal, spec)
+    axis = next(axis for axis in normal.get(find_tokens) if axis.name == name)
     return Case(original, normal, reduced, axis, draw or redraw(original), mask_input(original))
 
 
