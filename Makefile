@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types test-all fuzz bench test-gpu train clean
+.PHONY: setup demo test lint types test-all fuzz zoo bench test-gpu train clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ test-all: lint types
 N ?= 20000
 fuzz: setup
 	EFFOPT_FUZZ=$(N) $(BIN)/python -m pytest -n 2 -v tests/test_fuzz.py
+
+zoo: setup
+	$(BIN)/python -m tests.zoo_run
 
 bench: setup
 	$(BIN)/python -m examples.bench

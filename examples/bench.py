@@ -1,6 +1,6 @@
-"""The benchmark table: three models by four ways, and what converting a ViT-B takes.
+"""The benchmark: three models by four ways, converting a ViT-B, and analysis time by depth.
 
-python -m examples.bench [--models digits,vit-s,bert,vit-b] [--seconds S] [--json]
+python -m examples.bench [--models digits,vit-s,bert,vit-b,depth] [--seconds S] [--json]
 """
 
 import argparse
@@ -25,7 +25,7 @@ from effopt.errors import EffoptError, unknown
 from effopt.measure import Cosine, cosine
 from effopt.plain import figure
 from effopt.report import Latency
-from examples import footprint
+from examples import depth, footprint
 from examples.digits.data import canvases
 from examples.digits.model import trained
 from examples.variants import (
@@ -46,6 +46,7 @@ from examples.variants import (
 BATCHES = (1, 8)
 _ROWS = 16  # inputs on which outputs are compared; the first eight are timed
 FOOTPRINT = "vit-b"
+DEPTH = "depth"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def conversion_text(found: Mapping[str, Any], colour: bool) -> str:
 
 
 def _models(text: str) -> tuple[str, ...]:
-    known = (*CASES, FOOTPRINT)
+    known = (*CASES, FOOTPRINT, DEPTH)
     names = tuple(name.strip() for name in text.split(","))
     wrong = [name for name in names if name not in known]
     if wrong:
@@ -198,7 +199,7 @@ def _models(text: str) -> tuple[str, ...]:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="examples.bench", description=__doc__)
-    every = ",".join((*CASES, FOOTPRINT))
+    every = ",".join((*CASES, FOOTPRINT, DEPTH))
     parser.add_argument("--models", type=_models, default=every, help=f"of {every}")
     parser.add_argument(
         "--seconds", type=float, default=20.0, metavar="S", help="timing of each batch size"
@@ -226,6 +227,11 @@ def _run(
         if name == FOOTPRINT:
             document["conversion"] = footprint.measured()
             texts.append(conversion_text(document["conversion"], colour=False))
+            continue
+        if name == DEPTH:
+            curve = depth.measured(depth.LAYERS, 3, stage)
+            document["depth"] = depth.document(curve)
+            texts.append(depth.text(curve))
             continue
         found = bench(CASES[name], seconds, stage)
         document["models"][name] = found.document()

@@ -194,16 +194,31 @@ def _rows(x: Tensor, places: Tensor) -> Tensor:
     return torch.stack([row[spots] for row, spots in zip(x, places, strict=True)])
 
 
-def prune(keep: float, picks: Sequence[int] = (0,), protected: int = 1, fuse: str = "no") -> Step:
-    """Keep the share of tokens that the class token attends to most; `fuse`: no, sum or mean."""
+def prune(
+    keep: float,
+    picks: Sequence[int] = (0,),
+    protected: int = 1,
+    fuse: str = "no",
+    behind: int = 0,
+) -> Step:
+    """Keep the share of tokens that the class token attends to most; `fuse`: no, sum or mean.
+
+    The first `protected` and the last `behind` tokens stay. Without picks the score is the
+    attention of all real tokens (Goyal et al. 2020, arXiv 2001.08950).
+    """
 
     def step(tokens: Tokens, _: Tensor, weights: Tensor) -> Tokens:
         b, n, _ = tokens.x.shape
-        count = ceil(keep * (n - protected) - 1e-9)
-        if count == n - protected:
+        free = n - protected - behind
+        count = ceil(keep * free - 1e-9)
+        if count == free:
             return tokens
-        score = weights[:, :, list(picks)].mean(dim=(1, 2))
-        kept = torch.stack([_best(score[row], count, protected) for row in range(b)])
+        if picks:
+            score = weights[:, :, list(picks)].mean(dim=(1, 2))
+        else:
+            real = [row > 0 for row in tokens.size]
+            score = torch.stack([w[:, r].mean((0, 1)) for w, r in zip(weights, real, strict=True)])
+        kept = torch.stack([_best(score[row], count, protected, behind) for row in range(b)])
         if fuse == "no":
             return _dropped(tokens, kept)
         return _fused(tokens, kept, score, fuse == "mean")
@@ -211,10 +226,11 @@ def prune(keep: float, picks: Sequence[int] = (0,), protected: int = 1, fuse: st
     return step
 
 
-def _best(score: Tensor, count: int, protected: int) -> Tensor:
+def _best(score: Tensor, count: int, protected: int, behind: int) -> Tensor:
     """Return the protected places and the `count` best others, ascending; ties: lower place."""
-    others = sorted(range(protected, len(score)), key=lambda place: (-float(score[place]), place))
-    return torch.tensor([*range(protected), *sorted(others[:count])])
+    end = len(score) - behind
+    others = sorted(range(protected, end), key=lambda place: (-float(score[place]), place))
+    return torch.tensor([*range(protected), *sorted(others[:count]), *range(end, len(score))])
 
 
 def _dropped(tokens: Tokens, kept: Tensor) -> Tokens:

@@ -157,3 +157,27 @@ def first_token(net: Net, x: Tensor) -> Tensor:
 
 def every_token(net: Net, x: Tensor) -> Tensor:
     return net.head(x)
+
+
+def turned(x: Tensor) -> Tensor:
+    """Channels first, as convolutions want them."""
+    return x.transpose(1, 2)
+
+
+WHOLE: dict[str, Read] = {
+    "convolution": lambda _, x: nn.functional.conv1d(turned(x), torch.ones(1, WIDTH, 3)),
+    "grid": lambda _, x: nn.functional.conv2d(
+        turned(x).unflatten(2, (4, 3)), torch.ones(1, WIDTH, 2, 2)
+    ),
+    "largest-place": lambda _, x: x.argmax(1).float(),
+    "softmax": lambda _, x: x.softmax(1),
+    "order": lambda _, x: x.cumsum(1),
+    "shift": lambda _, x: x.roll(1, 1),
+    "every-other": lambda _, x: x[:, ::2],
+    "mixing": lambda _, x: nn.functional.linear(turned(x), torch.ones(5, 12)),
+    "product": lambda _, x: x @ turned(x) @ x,
+    "norm": lambda _, x: nn.functional.layer_norm(turned(x), [12]),
+    "joined": lambda _, x: torch.cat([x, x[:, :1]], 1),
+    "no-rule": lambda _, x: x.logcumsumexp(1),
+}
+"""Reads of twelve tokens that need each of them in its place."""

@@ -95,7 +95,7 @@ def test_the_compiler_imports_neither_passes_nor_backends_at_the_top() -> None:
 
 def test_the_compiler_reads_only_tables_and_recipes_of_passes_and_backends() -> None:
     bridges = (
-        *("effopt.passes", "effopt.passes.TABLE", "effopt.passes.names"),
+        *("effopt.passes", "effopt.passes.TABLE", "effopt.passes.PROBES", "effopt.passes.names"),
         *("effopt.passes.recipes.NORMAL_FORM", "effopt.passes.recipes.RECIPES"),
         *("effopt.passes.recipes.Recipe", "effopt.backends.TABLE", "effopt.backends.kernels.TABLE"),
     )

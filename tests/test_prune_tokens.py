@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effopt.errors import PreconditionError, UsageError
+from effopt.errors import UsageError
 from effopt.passes.prune_tokens import PruneTokens
 from tests import blocks, spellings
 from tests.check import Check, agree, text
@@ -182,29 +182,33 @@ def _gated(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("then", [lambda x: x, Tensor.tanh, _gated], ids=["as-is", "map", "gate"])
 def test_every_token_is_restored(then: Callable[[Tensor], Tensor], options: str) -> None:
     net = Net(lambda net, x: then(x) + net.cls * x[:, 0, :1, None])
-    spec = f"prune-tokens{{keep=0.6{options}}}"
-    if then is _gated and not options:
-        # A sum of two functions of the tokens is no residual value: what was dropped is lost.
-        with pytest.raises(PreconditionError, match="it is not a residual value"):
-            Check(net, torch.randn(2, 12, 16)).normal().run(spec)
-        return
     agrees(
         net,
         lambda net, tokens: then(tokens.whole()) + net.cls * tokens.x[:, 0, :1, None],
-        spec,
+        f"prune-tokens{{keep=0.6{options}}}",
         0.6,
         FUSE[options],
     )
 
 
-def test_a_restored_output_keeps_its_shape() -> None:
-    net = Net(lambda net, x: net.head(x) * net.head(x).sigmoid() + x[:, 0, :1, None])
-    check = Check(net, torch.randn(2, 12, 16)).normal()
-    try:
-        check.run("prune-tokens{keep=0.6}")
-    except PreconditionError:
-        return
-    assert check.program.run(check.program.samples)[0].shape == (2, 12, 5)
+@pytest.mark.parametrize("options", FUSE)
+def test_without_a_class_token_the_attention_of_all_tokens_counts(options: str) -> None:
+    net = Net(lambda net, x: net.head(x))
+    check = Check(net, torch.randn(2, 12, 16)).normal().run(f"prune-tokens{{keep=0.6{options}}}")
+    steps = {block: prune(0.6, (), 0, FUSE[options]) for block in range(3)}
+    for batch in (1, 5):
+        x = torch.randn(batch, 12, 16)
+        want = net.oracle(x, steps, lambda net, tokens: net.head(tokens.whole()))
+        check.numbers(ULPS, inputs=(x,), want=want)
+
+
+def test_padding_has_no_say_where_all_tokens_are_asked() -> None:
+    inputs = draw("bert_tokens", 5)
+    got = run(reduced("bert_tokens", "prune-tokens{keep=0.6,sites=[0]}")[0], inputs)
+    steps = {0: prune(0.6, (), 0)}
+    model = made("bert_tokens")[0]
+    want = blocks.reference("bert_tokens", model, inputs, steps, proportional=False)
+    agree(without_padding(got, inputs), without_padding(want, inputs), ULPS)
 
 
 @pytest.mark.parametrize("options", FUSE)

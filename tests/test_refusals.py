@@ -3,12 +3,11 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv1d, conv2d, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from effopt.errors import PreconditionError
 from tests import spellings
 from tests.check import Check
-from tests.eager import merge
 from tests.programs import made
 from tests.spellings import WIDTH, Net, ScaledBlock
 
@@ -29,8 +28,8 @@ def test_a_model_without_attention() -> None:
     check.refuses("merge-tokens{r=2}", message).refuses("prune-tokens{keep=0.5}", message)
 
 
-class Written(nn.Module):
-    """Attention written with softmax and products: no call to attention is seen."""
+class Sigmoid(nn.Module):
+    """Attention whose weights are no softmax: no rewrite makes a call of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,11 +37,11 @@ class Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.qk(x)
-        return x + (h @ h.transpose(1, 2) / 2).softmax(-1) @ h
+        return x + (h @ h.transpose(1, 2) / 2).sigmoid() @ h
 
 
-def test_attention_that_is_written_out() -> None:
-    Check(Written(), torch.randn(2, 6, 4)).normal().refuses(
+def test_attention_without_a_softmax() -> None:
+    Check(Sigmoid(), torch.randn(2, 6, 4)).normal().refuses(
         "merge-tokens{r=2}",
         """
         model: no self-attention call was found, so nothing counts tokens
@@ -51,88 +50,39 @@ def test_attention_that_is_written_out() -> None:
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
+LAST = "merge-tokens{r=2,sites=[2]}"
+"""No attention follows the last block, so giving all tokens back there would gain nothing."""
 
 
-def test_a_convolution_over_the_tokens() -> None:
-    kernel = torch.ones(1, WIDTH, 3)
-    net(lambda _, x: conv1d(_rows(x), kernel)).refuses(
-        "merge-tokens{r=2}",
-        f"""
-        conv1d (conv1d.default) at spellings.py: a convolution or pooling runs over the tokens
-          remedy: {LEAVE}
-        """,
-    )
-
-
-def test_a_grid_of_the_tokens() -> None:
-    kernel = torch.ones(1, WIDTH, 2, 2)
-    net(lambda _, x: conv2d(_rows(x).unflatten(2, (4, 3)), kernel)).refuses(
-        "merge-tokens{r=2}",
-        f"""
-        unflatten (unflatten.int) at spellings.py: a view cuts the tokens into a grid or windows
-          remedy: {LEAVE}
-        """,
-    )
-
-
-UNMENDED: dict[str, tuple[spellings.Read, str]] = {
-    "largest-place": (
-        lambda _, x: x.argmax(1),
-        "argmax (argmax.default) at spellings.py: "
-        "aten.argmax.default over the tokens has no weighted form",
-    ),
-    "softmax": (
-        lambda _, x: x.softmax(1),
-        "softmax (softmax.int) at spellings.py: "
-        "a softmax over the tokens outside of an attention call",
-    ),
-    "order": (
-        lambda _, x: x.cumsum(1),
-        "cumsum (cumsum.default) at spellings.py: it depends on the order of the tokens",
-    ),
-    "shift": (
-        lambda _, x: x.roll(1, 1),
-        "roll (roll.default) at spellings.py: the tokens are shifted",
-    ),
-    "every-other": (
-        lambda _, x: x[:, ::2],
-        "slice_2 (slice.Tensor) at spellings.py: every other token is taken",
-    ),
-    "mixing": (
-        lambda _, x: nn.functional.linear(_rows(x), torch.ones(5, 12)),
-        "linear_12 (linear.default) at spellings.py: a linear layer mixes the tokens",
-    ),
-    "product": (
-        lambda _, x: x @ _rows(x) @ x,
-        "matmul_1 (matmul.default) at spellings.py: "
-        "a product mixes the tokens outside of an attention call",
-    ),
-    "norm": (
-        lambda _, x: nn.functional.layer_norm(_rows(x), [12]),
-        "layer_norm_6 (layer_norm.default) at spellings.py: a norm runs over the tokens",
-    ),
-    "joined": (
-        lambda _, x: torch.cat([x, x[:, :1]], 1),
-        "cat (cat.default) at spellings.py: the tokens are joined with others",
-    ),
-    "no-rule": (
-        lambda _, x: x.logcumsumexp(1),
-        "logcumsumexp (logcumsumexp.default) at spellings.py: "
-        "no axis rule for aten.logcumsumexp.default",
-    ),
+UNMENDED: dict[str, str] = {
+    "convolution": "conv1d (conv1d.default) at spellings.py: "
+    "a convolution or pooling runs over the tokens",
+    "grid": "unflatten (unflatten.int) at spellings.py: "
+    "a view cuts the tokens into a grid or windows",
+    "largest-place": "argmax (argmax.default) at spellings.py: "
+    "aten.argmax.default over the tokens has no weighted form",
+    "softmax": "softmax (softmax.int) at spellings.py: "
+    "a softmax over the tokens outside of an attention call",
+    "order": "cumsum (cumsum.default) at spellings.py: it depends on the order of the tokens",
+    "shift": "roll (roll.default) at spellings.py: the tokens are shifted",
+    "every-other": "slice_2 (slice.Tensor) at spellings.py: every other token is taken",
+    "mixing": "linear_12 (linear.default) at spellings.py: a linear layer mixes the tokens",
+    "product": "matmul_1 (matmul.default) at spellings.py: "
+    "a product mixes the tokens outside of an attention call",
+    "norm": "layer_norm_6 (layer_norm.default) at spellings.py: a norm runs over the tokens",
+    "joined": "cat (cat.default) at spellings.py: the tokens are joined with others",
+    "no-rule": "logcumsumexp (logcumsumexp.default) at spellings.py: "
+    "no axis rule for aten.logcumsumexp.default",
 }
 
 
-@pytest.mark.parametrize("case", UNMENDED)
+@pytest.mark.parametrize("case", spellings.WHOLE)
 def test_what_cannot_be_mended_names_the_operator(case: str) -> None:
-    read, reason = UNMENDED[case]
-    net(read).refuses("merge-tokens{r=2}", f"{reason}\n  remedy: {LEAVE}")
+    net(spellings.WHOLE[case]).refuses(LAST, f"{UNMENDED[case]}\n  remedy: {LEAVE}")
 
 
 class Causal(nn.Module):
-    """One block of causal attention."""
+    """One block of causal attention, and an MLP after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,13 +94,25 @@ class Causal(nn.Module):
         return x + self.up(x)
 
 
-def test_causal_attention() -> None:
-    message = f"""
-        {SDPA} at test_refusals.py: causal attention depends on the order of the tokens
-          remedy: {LEAVE}
-        """
-    check = Check(Causal(), torch.randn(2, 6, 4)).normal()
-    check.refuses("merge-tokens{r=2}", message).refuses("prune-tokens{keep=0.5}", message)
+def test_merging_under_causal_attention() -> None:
+    Check(Causal(), torch.randn(2, 6, 4)).normal().refuses(
+        "merge-tokens{r=2}",
+        f"""
+        {SDPA} at test_refusals.py: attention is causal, and a merged token would show what \
+comes later
+          remedy: drop tokens in place of merging them, or pass a boolean padding mask
+        """,
+    )
+
+
+def test_fusing_under_causal_attention() -> None:
+    Check(Causal(), torch.randn(2, 6, 4)).normal().refuses(
+        "prune-tokens{keep=0.5,fuse=true}",
+        f"""
+        {SDPA} at test_refusals.py: a fused token goes last, where causal attention hides it
+          remedy: use fuse=false
+        """,
+    )
 
 
 def masked(mask: Tensor) -> Check:
@@ -163,7 +125,7 @@ def test_merging_under_a_mask_that_differs_from_query_to_query() -> None:
     masked(mask).refuses(
         "merge-tokens{r=2}",
         f"""
-        {SDPA} in blocks.0.attn at spellings.py: a boolean mask that differs from query to query \
+        {SDPA} in blocks.0.attn at spellings.py: a mask that differs from query to query \
 has no merged form
           remedy: drop tokens in place of merging them, or pass a boolean padding mask
         """,
@@ -197,17 +159,6 @@ def test_merging_under_an_additive_mask_from_inputs() -> None:
         {SDPA} at test_refusals.py: an additive mask made from inputs may hide tokens, \
 which sizes cannot show
           remedy: drop tokens in place of merging them, or pass a boolean padding mask
-        """,
-    )
-
-
-def test_pruning_without_a_class_token() -> None:
-    net(spellings.mean).refuses(
-        "prune-tokens{keep=0.5}",
-        f"""
-        {SDPA} in blocks.0.attn at spellings.py: no output picks a class token of tokens, \
-so nothing says what matters
-          remedy: use merge-tokens, which needs none
         """,
     )
 
@@ -255,17 +206,26 @@ the tokens are reduced already by an earlier pass
     )
 
 
-def test_a_second_merge_knows_the_sizes_of_the_first_or_is_refused() -> None:
-    model = Net(spellings.mean)
-    check = Check(model, torch.randn(2, 12, WIDTH)).normal().run("merge-tokens{r=3,sites=[0]}")
-    try:
-        check.run("merge-tokens{r=3,sites=[1]}")
-    except PreconditionError:
-        return
-    x = torch.randn(3, 12, WIDTH)
-    steps = {0: merge(3), 1: merge(3)}
-    want = model.oracle(x, steps, lambda net, tokens: net.head(tokens.mean(tokens.x)))
-    check.numbers(32, inputs=(x,), want=want)
+def test_a_second_merge_does_not_know_the_sizes_of_the_first() -> None:
+    net(spellings.mean).run("merge-tokens{r=3,sites=[0]}").refuses(
+        "merge-tokens{r=3,sites=[1]}",
+        """
+        scaled_dot_product_attention_1 (scaled_dot_product_attention.default) in blocks.1.attn \
+at spellings.py: these tokens were merged before, and a second pass does not know their sizes
+          remedy: merge at all sites in one pass: name them in its option sites
+        """,
+    )
+
+
+def test_a_token_axis_that_does_not_exist() -> None:
+    for spec in ("merge-tokens{r=2,axis=text.tokens}", "prune-tokens{keep=0.5,axis=text.tokens}"):
+        net(spellings.mean).refuses(
+            spec,
+            """
+            unknown token axis 'text.tokens'
+              remedy: did you mean 'tokens'?
+            """,
+        )
 
 
 def test_a_block_that_does_not_exist() -> None:

@@ -61,11 +61,13 @@ def test_the_command_writes_records_and_leaves_the_document_of_the_whole_zoo(
 def test_one_bad_verdict_fails_the_command(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = Trial("vit", (AxisTrial("tokens", {"merge-tokens": Verdict(kind, "why")}),))
-    monkeypatch.setattr(zoo_run, "run", lambda names, jobs: [_with_both(bad)])
+    passes = {"merge-tokens": Verdict(REDUCED), "prune-tokens": Verdict(kind, "why")}
+    bad = Trial("vit", (AxisTrial("tokens", passes),))
+    monkeypatch.setattr(zoo_run, "run", lambda names, jobs: [bad])
     out = tmp_path / "zoo.json"
     assert zoo_run.main(["--only", "vit", "--out", str(out)]) == 1
-    assert json.loads(out.read_text(encoding="utf-8"))[0]["reason"] == "why"
+    row = json.loads(out.read_text(encoding="utf-8"))[0]
+    assert (row["outcome"], row["reason"]) == (kind, "why")
 
 
 def test_too_few_models_fail_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,17 +83,10 @@ def test_an_unknown_model_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_is_pinned_does_not_change_with_numbers_and_folders() -> None:
-    text = "transpose_8 of [97, 2*s11] at /a/b/model_x.py:12 (x): Eq(u0, 1) (unhinted: u0).\nz"
+    text = "transpose_8 of [97, 2*s11] at /a/b/model_x.py:12 (x): Eq(u0, 1) (unhinted: u0).  (None)"
     assert stable(text) == "transpose of [97, 2*s] at model_x.py (x): Eq(s, 1)"
 
 
 def _reduced(name: str) -> Trial:
     passes = {"merge-tokens": Verdict(REDUCED), "prune-tokens": Verdict(REFUSED, "why", "how")}
     return Trial(name, (AxisTrial("tokens", passes, 17, 3),))
-
-
-def _with_both(trial: Trial) -> Trial:
-    (axis,) = trial.axes
-    return Trial(
-        trial.model, (AxisTrial(axis.axis, {**axis.passes, "prune-tokens": Verdict(REDUCED)}),)
-    )

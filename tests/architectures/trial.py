@@ -116,9 +116,8 @@ def _judged(trial: Trial) -> Trial:
 
 
 def _axis_trials(original: Program, normal: Program, found: list[TokenAxis]) -> Iterator[AxisTrial]:
-    """Try the passes on the axis that they choose by themselves, and by name on the others."""
-    for place, axis in enumerate(found):
-        tried = {name: _tried(original, normal, name, axis, place > 0) for name in PASSES}
+    for axis in found:
+        tried = {name: _tried(original, normal, name, axis) for name in PASSES}
         tokens = axis.size if isinstance(axis.size, int) else 0
         yield AxisTrial(axis.name, tried, tokens, len(axis.usable()))
 
@@ -144,12 +143,10 @@ def _ulps(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max().item() / scale) if scale else float("inf")
 
 
-def _tried(
-    original: Program, normal: Program, name: str, axis: TokenAxis | None, named: bool = False
-) -> Verdict:
+def _tried(original: Program, normal: Program, name: str, axis: TokenAxis | None) -> Verdict:
     verdict = Verdict(CRASH, "no spelling was tried")
     for spec in PASSES[name]:
-        if named and axis is not None:
+        if axis is not None:
             spec = spec.replace("}", f",axis={axis.name}}}")
         verdict = _verdict(original, normal, spec, axis)
         if TOO_MANY not in verdict.reason:
