@@ -62,22 +62,25 @@ class Lift:
         self.edit = edit
         self.state = state
         self.made: dict[tuple[Node, int, int, int, int], Node] = {}
+        self.averages: dict[tuple[Node, int], Node] = {}
         self.places: dict[tuple[int, int], Node] = {}
 
     def __call__(self, node: Node, reader: Node, epoch: int) -> Node:
         """Return a value at an epoch; new nodes go where the edit inserts."""
         known = self.state.latest(node)
-        if self.state.has(node, epoch):
+        if known == epoch:
             return self.state.at(node, epoch)
         spots = self.state.axis.tokens.on(node)
         if self._protected(spots):
             return self.state.at(node, known)
         if self._is_averaged(node, reader):
-            made = self.state.at(node, known)
-            for step in range(known, epoch):
-                made = self._averaged(made, node, reader, self.state.reductions[step])
-            self.state.keep(node, epoch, made)
-            return made
+            # Kept apart from what is gathered: the same value can be read in both ways.
+            if (node, epoch) not in self.averages:
+                made = self.state.at(node, known)
+                for step in range(known, epoch):
+                    made = self._averaged(made, node, reader, self.state.reductions[step])
+                self.averages[node, epoch] = made
+            return self.averages[node, epoch]
         return self._gathered(node, reader, known, epoch)
 
     def part_of(self, whole: Node, spot: Range) -> Node:
@@ -140,7 +143,6 @@ class Lift:
         """Take a value at the tokens that stand for those of an epoch."""
         axis, spots = self.state.axis, self.state.axis.tokens.on(node)
         rows, shift = rows_of(axis, node), 0
-        shared = rows is None
         if rows is None:
             rows, shift = self._batch_place(node, reader)
         batch, inner = rows
@@ -153,8 +155,6 @@ class Lift:
             for place, spot in spots.items():
                 made = self._gather(made, place + shift, batch, spot, index, reader)
             self.made[key] = made
-            if not shared:
-                self.state.keep(node, epoch, made)
         return self.made[key]
 
     def _places(self, known: int, epoch: int) -> Node:

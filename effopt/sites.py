@@ -102,9 +102,10 @@ def _token_axis(program: Program, name: str, tokens: Tokens, calls: dict[Node, i
     after = _downstream(nodes, calls)
     used = {node: found for node, found in effects.items() if node in after}
     picks, prefix, suffix, problem = _protected(used, tokens)
-    view = _View(tokens, effects, _levels(nodes, used, after), _blockers(nodes, used), problem)
-    sites = _one_run([_site(block, call, view) for call, block in calls.items()], view.levels)
-    return TokenAxis(name, tokens, effects, picks, prefix, suffix, view.levels, sites)
+    levels = _levels(nodes, used, after)
+    view = _View(tokens, effects, levels, _blockers(nodes, used, levels), problem)
+    sites = _one_run([_site(block, call, view) for call, block in calls.items()], levels)
+    return TokenAxis(name, tokens, effects, picks, prefix, suffix, levels, sites)
 
 
 def _downstream(nodes: list[Node], starts: Iterable[Node]) -> set[Node]:
@@ -191,7 +192,9 @@ def _levels(nodes: list[Node], effects: dict[Node, Effect], after: set[Node]) ->
     return levels
 
 
-def _blockers(nodes: list[Node], effects: dict[Node, Effect]) -> dict[Node, Node]:
+def _blockers(
+    nodes: list[Node], effects: dict[Node, Effect], levels: dict[Node, int]
+) -> dict[Node, Node]:
     """For each node: an operator behind it that needs every token, with no attention between.
 
     Where attention over the tokens lies between, a reduction pays: it is undone afterwards.
@@ -199,14 +202,15 @@ def _blockers(nodes: list[Node], effects: dict[Node, Effect]) -> dict[Node, Node
     blocked: dict[Node, Node] = {}
     pays: set[Node] = set()
     for node in reversed(nodes):
-        kind = effects[node].kind if node in effects else None
-        if kind is Kind.ORDER:
+        if node in effects and effects[node].kind is Kind.ORDER:
             blocked[node] = node
             continue
         behind = [user for user in node.users if user in blocked]
         if behind:
             blocked[node] = blocked[behind[0]]
-        if kind is Kind.ATTEND or any(user in pays for user in node.users):
+        near = [user for user in node.users if levels.get(user) == levels.get(node)]
+        attends = (user in effects and effects[user].kind is Kind.ATTEND for user in near)
+        if any(attends) or any(user in pays for user in near):
             pays.add(node)
     return {node: found for node, found in blocked.items() if node not in pays}
 

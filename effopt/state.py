@@ -93,10 +93,6 @@ class State:
         """Return the epoch of a value: how many reductions it has been through."""
         return self.epochs.get(node, 0)
 
-    def has(self, node: Node, epoch: int) -> bool:
-        """Tell whether a value is known at an epoch."""
-        return epoch in self.versions.get(node, {0: node})
-
     def at(self, node: Node, epoch: int) -> Node:
         """Return a value at an epoch at which it is known."""
         return self.versions.get(node, {0: node})[epoch]
@@ -104,14 +100,8 @@ class State:
     def put(self, node: Node, epoch: int, made: Node) -> None:
         """Say that a value is at an epoch from now on; mended in place, it has no earlier form."""
         self.epochs[node] = epoch
-        if made is node:
-            self.versions[node] = {epoch: node}
-        else:
-            self.keep(node, epoch, made)
-
-    def keep(self, node: Node, epoch: int, made: Node) -> None:
-        """Keep a form of a value that one reader needed, for others."""
-        self.versions.setdefault(node, {0: node})[epoch] = made
+        earlier = {} if made is node else self.versions.get(node, {0: node})
+        self.versions[node] = {**earlier, epoch: made}
 
     def operands(self, node: Node) -> list[Node]:
         """Return the tensors that a node read before it was mended."""
