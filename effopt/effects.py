@@ -141,17 +141,3 @@ EFFECTS: dict[str, EffectRule] = {
     "kernel": Always("the tokens are reduced already by an earlier pass"),
 }
 """Family → what it does along the tokens. A family without a row blocks every site before it."""
-
-
-def index_of_pick(node: Node, tokens: Tokens) -> tuple[int, bool]:
-    """Return the token that a PICK takes: its place, and whether that counts from the end (<0)."""
-    spot = tokens.on(first(node))[dim_arg(node, 1)]
-    given = node.args[2]
-    assert isinstance(spot, Range)
-    assert isinstance(given, int)
-    place = spot.start + given if given >= 0 else spot.stop + given
-    behind = place - tokens.size
-    if isinstance(place, int) and (not isinstance(behind, int) or place <= -behind):
-        return place, False
-    assert isinstance(behind, int) or behind.node.expr.is_Integer
-    return int(behind), True

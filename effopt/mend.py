@@ -14,9 +14,9 @@ from torch.fx.node import Argument, map_arg
 
 from effopt.attention import is_causal, mask_of, qkv_of, scale_of, with_mask
 from effopt.axis_rules import dims_arg, tensors
+from effopt.counts import Counts
 from effopt.edit import Edit
 from effopt.errors import PreconditionError, VerificationError
-from effopt.kernel import kernel
 from effopt.lift import LEAVE_OUT, Lift, covers, layout, lengths_of, to_rows, to_stream
 from effopt.masks import comes_from, find_padding, parts_of
 from effopt.mend_rules import SIZES, pick_args, pool, slice_args
@@ -61,7 +61,7 @@ class _Walk:
         self.state = State(axis, find_padding(axis).mask)
         self.lift = Lift(edit, self.state)
         self.restored = Restore(edit, self.state)
-        self.counted: list[Node] = []
+        self.counts = Counts(edit, self.state)
 
     def visit(self, node: Node) -> None:
         """Mend one node if an operand has been reduced; then reduce here if this is a site."""
@@ -217,16 +217,12 @@ class _Walk:
             rows = reduction.combine(self.edit, point.x)
             x = to_stream(self.edit, rows, site.places)
             self.state.add(reduction, lengths_of(self.edit, rows, 1))
-            taken = reduction.size or self.edit.call(
-                kernel("gather_tokens").op, point.size, reduction.kept, 1
-            )
-            self.counted.append(taken)
+            self.counts.add(reduction)
             self.state.put(site.node, count + 1, x)
 
     def _point(self, site: Site, count: int) -> Point:
         x = to_rows(self.edit, self.state.at(site.node, count), site.places)
-        if not self.counted:
-            self.counted.append(self._first_size(x))
+        size, marked = self.counts.at(count, x)
         query, key, _ = qkv_of(site.attention)
         return Point(
             edit=self.edit,
@@ -236,24 +232,14 @@ class _Walk:
             bias=mask_of(site.attention),
             scale=scale_of(site.attention),
             causal=is_causal(site.attention),
-            size=self.counted[count],
+            size=size,
             length=shape(x)[1],
             prefix=self.axis.prefix,
             suffix=self.axis.suffix,
             picks=self.axis.picks,
+            marked=marked,
             ordered=self.state.padding is not None,
         )
-
-    def _first_size(self, x: Node) -> Node:
-        """Start with size 1, and 0 for padding."""
-        if self.state.padding is None:
-            one = self.edit.call(aten.select.int, x, 2, 0)
-            return self.edit.call(aten.ones_like.default, one, dtype=torch.float32)
-        flat = self.edit.call(aten.select.int, self.state.padding, 1, 0)
-        flat = self.edit.call(aten.select.int, flat, 1, 0)
-        if value(flat).dtype != torch.bool:
-            flat = self.edit.call(aten.ne.Scalar, flat, 0)
-        return self.edit.call(aten.to.dtype, flat, torch.float32)
 
 
 MENDS: dict[Kind, Callable[[_Walk, Node, int], None]] = {

@@ -9,10 +9,10 @@ from torch.fx import Node
 from effopt.attention import SDPA
 from effopt.axes import Dim, Size, find_axes, leaves
 from effopt.axis_names import axis_names
-from effopt.axis_parts import slice_edges
-from effopt.axis_rules import dim_arg, first, tensors
-from effopt.effects import effect, index_of_pick
+from effopt.axis_rules import tensors
+from effopt.effects import effect
 from effopt.errors import PreconditionError
+from effopt.picks import find_protected
 from effopt.program import Program, module_path, shape, where
 from effopt.tokens import Effect, Kind, Range, Tokens
 
@@ -40,16 +40,17 @@ class TokenAxis:
     """One token axis: its identity, what is protected on it, and its sites in order.
 
     The first `prefix` and the last `suffix` tokens are never removed: class tokens, registers,
-    all that an output picks. `picks` are the places that outputs pick, negative from the end.
-    `levels` counts, for each node that depends on attention over the axis, the operators ahead of
-    it that need every token in its place: all usable sites are on one level, and on a higher one
-    the tokens are whole again.
+    all that an output picks. `picks` are the places that outputs pick, negative from the end;
+    `marks` those that the inputs say, [B] each. `levels` counts, for each node that depends on
+    attention over the axis, the operators ahead of it that need every token in its place: all
+    usable sites are on one level, and on a higher one the tokens are whole again.
     """
 
     name: str
     tokens: Tokens
     effects: dict[Node, Effect]
     picks: tuple[int, ...]
+    marks: tuple[Node, ...]
     prefix: int
     suffix: int
     levels: dict[Node, int]
@@ -101,11 +102,12 @@ def _token_axis(program: Program, name: str, tokens: Tokens, calls: dict[Node, i
     effects = {node: found for node in nodes if (found := effect(node, tokens)) is not None}
     after = _downstream(nodes, calls)
     used = {node: found for node, found in effects.items() if node in after}
-    picks, prefix, suffix, problem = _protected(used, tokens)
+    kept = find_protected(used, tokens, after)
     levels = _levels(nodes, used, after)
-    view = _View(tokens, effects, levels, _blockers(nodes, used, levels), problem)
+    view = _View(tokens, effects, levels, _blockers(nodes, used, levels), kept.problem)
     sites = _one_run([_site(block, call, view) for call, block in calls.items()], levels)
-    return TokenAxis(name, tokens, effects, picks, prefix, suffix, levels, sites)
+    ends = (kept.prefix, kept.suffix)
+    return TokenAxis(name, tokens, effects, kept.picks, kept.marks, *ends, levels, sites)
 
 
 def _downstream(nodes: list[Node], starts: Iterable[Node]) -> set[Node]:
@@ -114,61 +116,6 @@ def _downstream(nodes: list[Node], starts: Iterable[Node]) -> set[Node]:
         if any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _protected(
-    effects: dict[Node, Effect], tokens: Tokens
-) -> tuple[tuple[int, ...], int, int, str]:
-    """Find how many tokens at the front and at the end must stay, or why that cannot be said."""
-    picks: set[int] = set()
-    prefix = suffix = 0
-    for node, found in effects.items():
-        if found.kind is Kind.PICK:
-            place, from_end = index_of_pick(node, tokens)
-            picks.add(place)
-            prefix = prefix if from_end else max(prefix, place + 1)
-            suffix = max(suffix, -place) if from_end else suffix
-        elif found.kind is Kind.RANGE:
-            front, back = _ends(node, tokens)
-            prefix, suffix = max(prefix, front), max(suffix, back)
-    learned_front, learned_back, problem = _learned(tokens)
-    return tuple(sorted(picks)), max(prefix, learned_front), max(suffix, learned_back), problem
-
-
-def _ends(node: Node, tokens: Tokens) -> tuple[int, int]:
-    """Return how many tokens at each end a slice holds fixed, by its nearer end."""
-    spot = tokens.on(first(node))[dim_arg(node, 1)]
-    assert isinstance(spot, Range)
-    front = back = 0
-    for edge in slice_edges(node, spot.start, spot.stop):
-        left = edge if isinstance(edge, int) else None
-        behind = tokens.size - edge
-        right = int(behind) if _fixed(behind) else None
-        if left is not None and (right is None or left <= right):
-            front = max(front, left)
-        elif right is not None:
-            back = max(back, right)
-    return front, back
-
-
-def _fixed(size: Size) -> bool:
-    return isinstance(size, int) or size.node.expr.is_Integer
-
-
-def _learned(tokens: Tokens) -> tuple[int, int, str]:
-    """Count the learned tokens (class, registers, detection) at both ends of a joined axis."""
-    segments = tokens.dim[0].segments if len(tokens.dim) == 1 else ()
-    spans = [(part.start, part.stop, part.learned) for part in segments]
-    front = back = 0
-    while spans and spans[0][2]:
-        front = spans.pop(0)[1]
-    while spans and spans[-1][2]:
-        back = tokens.size - spans.pop()[0]
-    if any(learned for *_, learned in spans):
-        return 0, 0, "learned tokens stand between those of the sample"
-    if not isinstance(front, int) or not _fixed(back):
-        return 0, 0, "the number of learned tokens is not fixed"
-    return front, int(back), ""
 
 
 @dataclass(frozen=True)

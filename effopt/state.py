@@ -23,8 +23,9 @@ class Point:
 
     `bias` is what the attention call adds or masks with, `causal` whether it hides what comes
     later; `size` [B, N] counts the originals that each token stands for (0 for padding). The
-    first `prefix` and the last `suffix` tokens stay; `picks` are those that outputs read.
-    `ordered`: survivors must keep their order.
+    first `prefix` and the last `suffix` tokens stay; `picks` are those that outputs read, and
+    `marked` [B, N] is true for those that they read at places which the inputs say. `ordered`:
+    survivors must keep their order.
     """
 
     edit: Edit
@@ -39,6 +40,7 @@ class Point:
     prefix: int
     suffix: int
     picks: tuple[int, ...]
+    marked: Node | None
     ordered: bool
 
 

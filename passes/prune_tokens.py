@@ -105,7 +105,7 @@ class PruneTokens:
 
     def _plan_on(self, program: Program, axis: TokenAxis) -> "_Plan | PreconditionError":
         causal = looks_back(program, axis)
-        if causal and not axis.picks:
+        if causal and not axis.picks and not axis.marks:
             axis = replace(axis, picks=(-1,), suffix=max(axis.suffix, 1))
         tokens = fixed(axis.size)
         if refusal := _refusal(self, axis, tokens, causal):
@@ -162,6 +162,9 @@ def _reducer(options: PruneTokens, keep: int) -> Reducer:
             *(point.query, point.key, point.bias, point.size),
             *(list(point.picks), point.scale, point.causal),
         )
+        if point.marked is not None:
+            above = edit.call(aten.full_like.default, score, 2.0)  # no attention is more than 1
+            score = edit.call(aten.where.self, point.marked, above, score)
         ends = (point.prefix, point.suffix)
         kept = edit.call(kernel("select_tokens").op, score, keep, *ends)
         if not options.fuse:
