@@ -30,11 +30,15 @@ def rows_of(axis: TokenAxis, node: Node) -> tuple[int, int] | None:
 
     Heads or windows often share a dimension with the batch: each sample has several rows there.
     """
-    rows = axis.tokens.batch
-    for place, dim in enumerate(axis.tokens.axes.of(node)):
+    rows, dims = axis.tokens.batch, axis.tokens.axes.of(node)
+    for place, dim in enumerate(dims):
         if rows and dim[: len(rows)] == rows:
             inner = size_of(dim[len(rows) :])
-            return (place, inner) if isinstance(inner, int) else None
+            if isinstance(inner, int):
+                return place, inner
+    if any(factor in rows for dim in dims for factor in dim):
+        reason = "the samples are laid out inside of another dimension"
+        raise PreconditionError(where(node), reason, LEAVE_OUT)
     return None
 
 
@@ -117,16 +121,21 @@ class Lift:
         """Average a value over the groups of a reduction, weighted by size."""
         places, rank = self.state.axis.stream.places, len(shape(made))
         if self._is_residual(node):
-            rows = to_rows(self.edit, made, places)
-            return to_stream(self.edit, done.combine(self.edit, rows), places)
+            stream = to_rows(self.edit, made, places)
+            return to_stream(self.edit, done.combine(self.edit, stream), places)
         spots = list(self.state.axis.tokens.on(node).items())
-        batch = layout(self.state.axis, node)
+        rows = rows_of(self.state.axis, node)
         place, spot = spots[0]
         plain = isinstance(spot, Range) and spot.pure and edges(spot, self.state.axis) == (0, None)
-        if len(spots) > 1 or not plain or place != rank - 2 + (rank == 2) or batch not in (0, None):
+        if (
+            len(spots) > 1
+            or not plain
+            or place != rank - 2 + (rank == 2)
+            or rows not in ((0, 1), None)
+        ):
             reason = f"{node.name} weighs tokens in a layout that has no merged form"
             raise PreconditionError(where(reader), reason, LEAVE_OUT)
-        if batch is None:
+        if rows is None:
             made = self._spread(made, rank, done)
         flat = made if len(shape(made)) == 3 else self.edit.call(aten.unsqueeze.default, made, 2)
         merged = done.combine(self.edit, flat)

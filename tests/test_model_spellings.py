@@ -1,14 +1,19 @@
 """Whole models in spellings that once went wrong: reduced rightly, or refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from effopt.errors import EffoptError
+from effopt.program import module_path
 from effopt.sites import find_tokens
 from tests.check import Check
+from tests.eager import Block, Step, merge, prune
 from tests.oracle import faults, make_case
+from tests.programs import apply
 from tests.spellings import HEADS, WIDTH, Net, ParallelBlock, ScaledBlock, first_token
 
 TOKENS, HEAD = 12, WIDTH // HEADS
@@ -59,9 +64,21 @@ class FlatBlock(ScaledBlock):
         return (rows + self.mlp(self.norm2(rows))).view(shape)
 
 
-@pytest.mark.parametrize("spec", [MERGE, PRUNE])
-def test_an_mlp_over_the_rows_of_all_samples(spec: str) -> None:
-    right(check_of(Net(first_token, blocks=[FlatBlock() for _ in range(3)]), (12, WIDTH)), spec)
+    def block(self) -> Block:
+        return replace(
+            super().block(),
+            join=lambda x, attended: x + self.attn.proj(attended),
+            mlp=lambda x: x + self.mlp(self.norm2(x)),
+        )
+
+
+@pytest.mark.parametrize(("spec", "step"), [(MERGE, merge(2, 1)), (PRUNE, prune(0.6))])
+def test_an_mlp_over_the_rows_of_all_samples(spec: str, step: Step) -> None:
+    net, x = Net(first_token, blocks=[FlatBlock() for _ in range(3)]), torch.randn(3, TOKENS, WIDTH)
+    sites = (0, 1, 2) if spec == MERGE else (0, 1)
+    steps = dict.fromkeys(sites, step)
+    want = net.oracle(x, steps, lambda net, tokens: net.head(tokens.x[:, 0]))
+    check_of(net, (TOKENS, WIDTH)).run(spec).numbers(32, inputs=(x,), want=want)
 
 
 def test_the_last_of_parallel_blocks_has_nothing_behind_it() -> None:
@@ -109,23 +126,20 @@ def test_sequences_that_share_a_table_stay_two(towers: Check) -> None:
     assert axes[0].tokens.dim != axes[1].tokens.dim
 
 
+def test_towers_that_meet_are_reduced_rightly(towers: Check) -> None:
+    right(towers, MERGE)
+
+
 @pytest.mark.parametrize("axis", ["text.tokens", "image.tokens"])
 @pytest.mark.parametrize("spec", ["merge-tokens{r=2,axis=%s}", "prune-tokens{keep=0.6,axis=%s}"])
 def test_the_axis_that_is_named_is_reduced(towers: Check, spec: str, axis: str) -> None:
-    program = Check.run(towers_copy(towers), spec % axis).program
-    lengths = {
-        place: {
-            node.args[place].meta["val"].shape[2]
-            for node in program.nodes()
-            if node.target is torch.ops.aten.scaled_dot_product_attention.default
-        }
-        for place in (0, 1)
-    }
-    assert max(lengths[0]) == TOKENS
-    assert min(lengths[1]) < TOKENS
-
-
-def towers_copy(towers: Check) -> Check:
-    made = Check.__new__(Check)
-    made.__dict__.update(vars(towers))
-    return made
+    program, _ = apply(towers.program, spec % axis)
+    lengths: dict[str, int] = {}
+    for node in program.nodes():
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            query = node.args[0]
+            assert isinstance(query, Node)
+            lengths[module_path(node).split(".")[0]] = query.meta["val"].shape[2]
+    named, other = axis.split(".")[0], {"text", "image"} - {axis.split(".")[0]}
+    assert lengths[named] < TOKENS
+    assert lengths[other.pop()] == TOKENS
