@@ -7,7 +7,8 @@ from torch.utils import _pytree as pytree
 
 from effopt.attention import is_causal, mask_of, qkv_of
 from effopt.axis_table import family
-from effopt.masks import ACTIVATIONS, LOW, parts_of
+from effopt.constants import LOW
+from effopt.masks import ACTIVATIONS, parts_of
 from effopt.program import Program, is_tensor
 from effopt.sites import TokenAxis
 from effopt.tokens import Kind

@@ -4,10 +4,10 @@ import torch
 from torch.fx import Node
 
 from effopt.axes import Size, size_of
+from effopt.conditions import same_condition
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
-from effopt.masks import comes_from
 from effopt.program import shape, value, where
 from effopt.sites import TokenAxis
 from effopt.state import Length, Reduction, State
@@ -112,7 +112,7 @@ class Lift:
             return False
         if bool(value(node).is_floating_point()):
             return True
-        if self.state.padding is None or not comes_from(node, self.state.padding):
+        if self.state.padding is None or same_condition(node, self.state.padding) is None:
             reason = f"{node.name} marks tokens one by one, and merged ones have no mark"
             raise PreconditionError(where(reader), reason, LEAVE_OUT)
         return False

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from effopt.attention import is_causal, mask_of
 from effopt.axes import same_size
 from effopt.axis_rules import tensors
 from effopt.axis_table import family
+from effopt.conditions import origin, same_condition
+from effopt.constants import constant_value, is_low, number_in
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
 from effopt.program import is_tensor, shape, value, where
@@ -19,15 +19,6 @@ from effopt.sites import TokenAxis
 from effopt.tokens import Kind
 
 aten = torch.ops.aten
-SEEN_THROUGH = (
-    *(aten.reshape.default, aten.unsqueeze.default, aten.expand.default, aten.squeeze.dim),
-    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.logical_not.default),
-    aten.bitwise_not.default,
-    *(aten.clamp_min.default, aten.clamp.default, aten.ne.Scalar, aten.select.int),
-)
-LOW = -1e4
-"""A mask value at or below this (as in half precision's -65504) is meant as minus infinity."""
-
 AND = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 CHOICES = (aten.where.self, aten.where.ScalarOther, aten.where.Scalar)
 ACTIVATIONS = ("linear", "matmul", "embedding", "convolution", "norm", "attention")
@@ -87,42 +78,8 @@ def _is_sum(part: Node) -> bool:
     return part.target is aten.add.Tensor and not part.kwargs
 
 
-def number_in(arg: Any) -> float | None:
-    """Return the one number that all elements of an argument are, or None."""
-    if isinstance(arg, (int, float)):
-        return float(arg)
-    if not isinstance(arg, Node):
-        return None
-    if arg.target in FILLED:
-        return FILLED[arg.target]
-    if arg.target in FILLED_BY:
-        number = arg.args[FILLED_BY[arg.target]]
-        return float(number) if isinstance(number, (int, float)) else None
-    held = constant_value(arg) if arg.op == "get_attr" else None
-    if held is None or not held.numel():
-        return None
-    first = held.flatten()[0]
-    return float(first) if bool((held == first).all()) else None
-
-
-FILLED: dict[Any, float] = {
-    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1.0),
-    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0.0),
-}
-"""Operators that make a tensor of one number, and which."""
-
-FILLED_BY = {
-    **dict.fromkeys((aten.full.default, aten.full_like.default), 1),
-    aten.scalar_tensor.default: 0,
-}
-"""Operators that make a tensor of one number, and which argument says it."""
-
-
-def is_low(arg: Any) -> bool:
-    """Tell whether an argument is one number that a mask means as minus infinity."""
-    number = number_in(arg)
-    return number is not None and number <= LOW
-
+HIDES = -50.0
+"""A bias at or below this hides a token: e^-50 is nothing beside any other."""
 
 ONE_PASS = "merge at all sites in one pass: name them in its option sites"
 
@@ -154,7 +111,7 @@ def find_padding(axis: TokenAxis) -> Padding:
         if reason := _unmergeable(axis, call, parts):
             return Padding(refusal=_refuse(call, reason))
         vectors.append(next((part for part in parts.seen if _is_vector(axis, part)), None))
-    if len({vector and _origin(vector) for vector in vectors}) > 1:
+    if len({vector and origin(vector) for vector in vectors}) > 1:
         reason = "the attention calls over these tokens do not share one padding mask"
         return Padding(refusal=_refuse(own[0], reason))
     return Padding(next(iter(vectors), None))
@@ -181,7 +138,7 @@ def _unmergeable(axis: TokenAxis, call: Node, parts: MaskParts) -> str:
             return "a mask that differs from query to query has no merged form"
         if not _is_vector(axis, part):
             return "a boolean mask that is not [batch, 1, 1, tokens] has no merged form"
-    if len({_origin(part) for part in parts.seen}) > 1:
+    if len({origin(part) for part in parts.seen}) > 1:
         return "two masks hide tokens, and one size cannot stand for both"
     return next((reason for part in parts.added if (reason := _may_hide(part))), "")
 
@@ -202,26 +159,34 @@ def _is_twin(axis: TokenAxis, part: Node, seen: tuple[Node, ...]) -> bool:
     if set(axis.tokens.on(part)) != {len(shape(part)) - 2}:
         return False
     others = (other for other in seen if other is not part and _is_vector(axis, other))
-    return any(comes_from(part, other) for other in others)
+    return any(same_condition(part, other) for other in others)
 
 
 def _may_hide(bias: Node) -> str:
     """Say why a bias may hide tokens in place of weighing them, or ""."""
     fixed = constant_value(bias)
     if fixed is not None:
-        hides = bool(fixed.numel()) and bool(fixed.min() <= LOW)
+        hides = _least(fixed) <= HIDES
         return "an additive mask hides tokens, which sizes cannot show" if hides else ""
     for node in _mask_like(bias):
-        if node.op == "placeholder" and value(node).is_floating_point():
+        if node.op == "placeholder":
             return "an additive mask made from inputs may hide tokens, which sizes cannot show"
-        if node.op == "get_attr" and is_tensor(node):
-            held = constant_value(node)
-            low = held is not None and bool(held.numel()) and bool(held.min() <= LOW)
-        else:
-            low = any(isinstance(arg, (int, float)) and arg <= LOW for arg in node.args)
-        if low:
+        table = _table(node)
+        held = None if table is None else constant_value(table)
+        numbers = [arg for arg in node.args if isinstance(arg, (int, float))]
+        if min(numbers, default=0) <= HIDES or (held is not None and _least(held) <= HIDES):
             return "an additive mask of unknown values may hide tokens, which sizes cannot show"
     return ""
+
+
+def _table(node: Node) -> Node | None:
+    """Return a weight, or the one that an embedding reads."""
+    table = node.args[0] if family(node) == "embedding" else node
+    return table if isinstance(table, Node) and table.op == "get_attr" else None
+
+
+def _least(held: torch.Tensor) -> float:
+    return float(held.min()) if held.numel() else 0.0
 
 
 def _mask_like(bias: Node) -> Iterator[Node]:
@@ -235,32 +200,3 @@ def _mask_like(bias: Node) -> Iterator[Node]:
         yield node
         if family(node) not in ACTIVATIONS:
             todo += node.all_input_nodes
-
-
-def constant_value(node: Node) -> torch.Tensor | None:
-    """Compute a value that depends on weights alone; None if a size of an input is in it."""
-    if node.op == "get_attr":
-        module: object = node.graph.owning_module
-        for name in str(node.target).split("."):
-            module = getattr(module, name)
-        return module.detach() if isinstance(module, torch.Tensor) else None
-    if node.op != "call_function" or not callable(node.target):
-        return None
-    known = {source: constant_value(source) for source in node.all_input_nodes}
-    if any(found is None for found in known.values()):
-        return None
-    args, kwargs = map_arg((node.args, node.kwargs), lambda source: known[source])
-    with torch.no_grad():
-        found = node.target(*args, **kwargs)
-    return found if isinstance(found, torch.Tensor) else None
-
-
-def comes_from(node: Node, source: Node) -> bool:
-    """Tell whether a value is the condition behind a mask: seen through views, casts and not."""
-    return _origin(node) is _origin(source)
-
-
-def _origin(node: Node) -> Node:
-    while node.target in SEEN_THROUGH and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node

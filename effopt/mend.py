@@ -14,11 +14,12 @@ from torch.fx.node import Argument, map_arg
 
 from effopt.attention import is_causal, mask_of, qkv_of, scale_of, with_mask
 from effopt.axis_rules import dims_arg, tensors
+from effopt.conditions import leaves_out
 from effopt.counts import Counts
 from effopt.edit import Edit
 from effopt.errors import PreconditionError, VerificationError
 from effopt.lift import LEAVE_OUT, Lift, covers, layout, lengths_of, to_rows, to_stream
-from effopt.masks import comes_from, find_padding, parts_of
+from effopt.masks import find_padding, parts_of
 from effopt.mend_rules import SIZES, pick_args, pool, slice_args
 from effopt.program import shape, value, where
 from effopt.restore import Restore
@@ -47,8 +48,6 @@ def reduce_tokens(edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer])
 
 
 EXTREMES = (aten.amax.default, aten.amin.default)
-MASKING = (aten.mul.Tensor, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
-"""Operators that hide padding ahead of a sum, where one of their operands is the mask."""
 
 
 class _Walk:
@@ -190,8 +189,8 @@ class _Walk:
         if padding is None:
             return ""
         summand = tensors(node)[0]
-        factors = self.state.operands(summand) if summand.target in MASKING else []
-        hidden = any(comes_from(factor, padding) for factor in factors)
+        args, _ = self.state.originals.get(summand, (summand.args, {}))
+        hidden = leaves_out(summand.target, args, padding)
         return "" if total and hidden else "a mean over tokens counts padding, which has no size"
 
     def _pick(self, node: Node, epoch: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from effopt.axes import same_size
-from effopt.masks import LOW, constant_value
+from effopt.constants import LOW, constant_value
 from effopt.passes.attention_products import Product, product_of
 from effopt.program import is_tensor, shape, value
 

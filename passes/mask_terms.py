@@ -4,8 +4,9 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
+from effopt.constants import LOW, is_low, number_in
 from effopt.edit import Edit
-from effopt.masks import CHOICES, is_low, number_in
+from effopt.masks import CHOICES
 from effopt.program import is_tensor, value
 
 aten = torch.ops.aten
@@ -55,31 +56,35 @@ def _as_choice(edit: Edit, node: Node) -> tuple[Node, Argument] | None:
         kept, hidden = node.args[:2]
         return edit.call(aten.logical_not.default, hidden), kept
     if node.target is aten.mul.Tensor:
-        for factor, low in (node.args[:2], node.args[1::-1]):
-            if isinstance(factor, Node) and is_low(low):
-                seen = _seen_where_zero(edit, factor)
+        for factor, number in (node.args[:2], node.args[1::-1]):
+            size = number_in(number)
+            if isinstance(factor, Node) and size is not None and abs(size) >= -LOW:
+                seen = _seen_where_zero(edit, factor, size < 0)
                 return None if seen is None else (seen, 0.0)
     return None
 
 
-def _seen_where_zero(edit: Edit, factor: Node) -> Node | None:
-    """Return the condition under which a factor of -infinity is 0; None where it may be a share.
+def _seen_where_zero(edit: Edit, factor: Node, low: bool) -> Node | None:
+    """Return the condition under which a factor of +-infinity is 0; None where it may be a share.
 
-    A factor that is a condition as a number is 0 or 1; so is 1 - m for a whole-number mask m.
+    A factor that is a condition as a number is 0 or 1; so is 1 - m for a whole-number mask m. The
+    product must be `low`, minus infinity: the number is that, or the factor is m - 1.
     """
     source = factor
     while source.target in CASTS and isinstance(source.args[0], Node):
         source = source.args[0]
     if value(source).dtype == torch.bool:
-        return edit.call(aten.logical_not.default, source)
-    if source.target is aten.rsub.Scalar and source.args[1] == 1 and len(source.args) == 2:
-        mask = source.args[0]
-        whole = mask
-        while isinstance(whole, Node) and whole.target in MOVED:
-            whole = whole.args[0]
-        if isinstance(whole, Node) and not value(whole).is_floating_point():
-            return edit.call(aten.ne.Scalar, mask, 0)
-    return None
+        return edit.call(aten.logical_not.default, source) if low else None
+    rest = aten.rsub.Scalar if low else aten.sub.Tensor
+    if source.target is not rest or source.args[1] != 1 or len(source.args) != 2 or source.kwargs:
+        return None
+    mask = source.args[0]
+    whole = mask
+    while isinstance(whole, Node) and whole.target in MOVED:
+        whole = whole.args[0]
+    if not isinstance(whole, Node) or value(whole).is_floating_point():
+        return None
+    return edit.call(aten.ne.Scalar, mask, 0)
 
 
 def choose(edit: Edit, mask: Node) -> int:
