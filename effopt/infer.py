@@ -127,6 +127,8 @@ def _forget(env: Any, known: dict[str, Any]) -> None:
     # Sizes and conditions remember what they were evaluated to until these counters move.
     env._replacements_version_counter += 1
     env._version_counter += 1
+    # Answers are kept by the condition asked: one that was taken back must be asked anew.
+    type(env)._inner_evaluate_expr.cache_clear()
 
 
 def _holds_always(guard: Any, env: Any) -> bool:

@@ -37,6 +37,7 @@ WEIGHTS: tuple[Tensor | None, ...] = (
     torch.randn(6, 8, dtype=torch.float16),
     torch.randn(8, dtype=torch.float16),
 )
+NORMALISED = ([8], [5, 8], [6])
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,11 @@ def program() -> Program:
 def _arguments(target: Any) -> Iterator[tuple[Any, ...]]:
     """Return what comes behind the first argument."""
     if target is aten.linear.default:
-        yield from itertools.product(WEIGHTS[1:], WEIGHTS)
+        yield from itertools.product(WEIGHTS[1:], (None, WEIGHTS[1], WEIGHTS[3], WEIGHTS[-1]))
     elif target is aten.layer_norm.default:
-        for sizes, own in itertools.product(([8], [5, 8], [6]), itertools.product(WEIGHTS[:3], WEIGHTS[:3])):
-            yield (sizes, *own)
+        yield from itertools.product(NORMALISED, WEIGHTS[:3], WEIGHTS[:3])
     elif target is aten.rms_norm.default:
-        yield from itertools.product(([8], [5, 8], [6]), WEIGHTS)
+        yield from itertools.product(NORMALISED, WEIGHTS)
     else:
         yield ()
 
@@ -116,7 +116,8 @@ def test_what_is_inferred_twice_is_the_same_and_runs_once(monkeypatch: pytest.Mo
     x = program.inputs()[2]
     first, second = (infer(_call(program, aten.cumsum.default, x, 1), program) for _ in range(2))
     assert counted.runs == 1
-    assert (first.shape, first.dtype, first.stride()) == (second.shape, second.dtype, second.stride())
+    for found in (torch.Tensor.stride, lambda x: (x.shape, x.dtype)):
+        assert found(first) == found(second)
     infer(_call(program, aten.cumsum.default, x, 2), program)
     infer(_call(program, aten.cumsum.default, program.inputs()[4], 1), program)
     assert counted.runs == 3, "another dimension or dtype is another question"
@@ -137,7 +138,7 @@ def test_an_operator_that_narrows_the_batch_is_refused_each_time() -> None:
     program = capture(Takes(), INPUTS).fork()
     x = program.inputs()[2]
     for _ in range(3):
-        with pytest.raises(VerificationError, match="fixes a size that must stay free|does not fit"):
+        with pytest.raises(VerificationError, match="fixes a size that must stay free"):
             infer(_call(program, aten.reshape.default, x, [2, 40]), program)
     assert not isinstance(x.meta["val"].shape[0], int)
 
