@@ -41,7 +41,7 @@ def number_in(arg: Any) -> float | None:
         number = arg.args[FILLED_BY[arg.target]]
         return float(number) if isinstance(number, (int, float)) else None
     held = constant_value(arg) if arg.op == "get_attr" else None
-    if held is None or not held.numel():
+    if held is None or not held.numel() or held.is_complex():
         return None
     first = held.flatten()[0]
     return float(first) if bool((held == first).all()) else None

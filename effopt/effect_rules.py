@@ -163,6 +163,8 @@ def einsum(node: Node, tokens: Tokens) -> Effect:
 def attention(node: Node, tokens: Tokens) -> Effect:
     """Attention over the tokens, or from them."""
     q, k = tensors(node)[:2]
+    if any(len(shape(arg)) - 1 in tokens.on(arg) for arg in (q, k)):
+        return order("attention over channels mixes the tokens")
     place = len(shape(q)) - 2
     on_queries, on_keys = place in tokens.on(q), place in tokens.on(k)
     if is_causal(node) and on_queries != on_keys:

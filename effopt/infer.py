@@ -16,6 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -44,14 +45,30 @@ def infer(node: Node, program: Program) -> Any:
     given: Any = map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
     args, kwargs = given
     key = _key(node.target, args, kwargs)
-    if key not in program.inferred:
-        shape = SHAPES[node.target](*args) if node.target in SHAPES and not kwargs else None
-        if shape is None:
-            program.inferred[key] = _run(node, program, args, kwargs)
-        else:
-            with fake_mode(program), torch.no_grad():
-                program.inferred[key] = args[0].new_empty(shape)
-    return program.inferred[key]
+    if key in program.inferred:
+        return program.inferred[key]
+    shape = SHAPES[node.target](*args) if node.target in SHAPES and not kwargs else None
+    if shape is None:
+        val = _run(node, program, args, kwargs)
+    else:
+        with fake_mode(program), torch.no_grad():
+            val = args[0].new_empty(shape)
+    if not depends_on_data(val):
+        program.inferred[key] = val
+    return val
+
+
+def depends_on_data(val: Any) -> bool:
+    """Tell whether a value has sizes that only the data of a run says: each has its own."""
+    leaves = pytree.tree_leaves(val)
+    sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape]
+    own = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
+    return any(map(is_free_of_inputs, (*sizes, *own)))
+
+
+def is_free_of_inputs(size: Any) -> bool:
+    """Tell whether a size is one that no input has, such as a number of places that are true."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def _key(target: Any, args: Any, kwargs: Any) -> Any:

@@ -186,7 +186,7 @@ def _table(node: Node) -> Node | None:
 
 
 def _least(held: torch.Tensor) -> float:
-    return float(held.min()) if held.numel() else 0.0
+    return float(held.min()) if held.numel() and not held.is_complex() else 0.0
 
 
 def _mask_like(bias: Node) -> Iterator[Node]:

@@ -120,6 +120,11 @@ class _Walk:
         self.state.put(node, epoch, node)
 
     def _attend(self, node: Node, epoch: int) -> None:
+        on_tokens = (arg for arg in qkv_of(node) if len(shape(arg)) - 2 in self.axis.tokens.on(arg))
+        if len({self.state.latest(arg) for arg in on_tokens}) > 1:
+            # Two sequences of one length and one mask have one axis, and different tokens on it.
+            reason = "it attends between tokens that were reduced and others that were not"
+            raise PreconditionError(where(node), reason, LEAVE_OUT)
         qkv = tuple(
             self.lift(arg, node, epoch) if self.state.carries(arg) else arg for arg in qkv_of(node)
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from effopt.attention import SDPA
-from effopt.axes import Dim, Size, find_axes, leaves
+from effopt.axes import Dim, Dims, Size, find_axes, leaves
 from effopt.axis_names import axis_names
 from effopt.axis_rules import tensors
 from effopt.effects import effect
@@ -84,9 +84,9 @@ def find_tokens(program: Program) -> tuple[TokenAxis, ...]:
         if node.target is not SDPA:
             continue
         blocks[node] = len(blocks)
-        q, k = (leaves(axes.of(arg)[-2]) for arg in tensors(node)[:2])
-        if q and q == k:
-            calls.setdefault(q, []).append(node)
+        q, k = (axes.of(arg) for arg in tensors(node)[:2])
+        if q[-2] and q[-2] == k[-2] and not _is_over_channels(q):
+            calls.setdefault(q[-2], []).append(node)
     names = axis_names([[module_path(call) for call in found] for found in calls.values()])
     found = []
     for name, (dim, attention) in zip(names, calls.items(), strict=True):
@@ -95,6 +95,12 @@ def find_tokens(program: Program) -> tuple[TokenAxis, ...]:
         own = {call: blocks[call] for call in attention}
         found.append(_token_axis(program, name, Tokens(dim, size, axes, batch), own))
     return tuple(found)
+
+
+def _is_over_channels(query: Dims) -> bool:
+    """Tell whether attention compares channels: those come from weights, tokens from the sample."""
+    compared, summed = (all(axis.constant for axis in dim) for dim in (query[-2], query[-1]))
+    return compared and not summed
 
 
 def _token_axis(program: Program, name: str, tokens: Tokens, calls: dict[Node, int]) -> TokenAxis:

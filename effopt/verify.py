@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.axes import find_axes, same_size
+from effopt.axes import Size, find_axes, same_size
 from effopt.edit import EVIDENCE, evidence, is_inferred
 from effopt.errors import VerificationError
-from effopt.infer import infer
+from effopt.infer import infer, is_free_of_inputs
 from effopt.program import Program, value, where
 
 SIZE_OPERATORS = (
@@ -87,6 +87,11 @@ def _value_holds(node: Node, program: Program) -> str:
     return found
 
 
+def _same_or_free(noted: Size, found: Size) -> bool:
+    """Tell whether sizes are equal; one that depends on data has another name each time."""
+    return same_size(noted, found) or (is_free_of_inputs(noted) and is_free_of_inputs(found))
+
+
 def _difference(noted: object, found: object) -> str:
     """Say how a noted value differs from the inferred one, "" if it does not."""
     if isinstance(noted, (tuple, list)) and isinstance(found, (tuple, list)):
@@ -94,7 +99,7 @@ def _difference(noted: object, found: object) -> str:
         return next((text for a, b in pairs if (text := _difference(a, b))), "")
     if not isinstance(noted, Tensor) or not isinstance(found, Tensor):
         return ""
-    same = noted.ndim == found.ndim and all(map(same_size, noted.shape, found.shape))
+    same = noted.ndim == found.ndim and all(map(_same_or_free, noted.shape, found.shape))
     if not same:
         return f"its shape is {list(found.shape)}, noted as {list(noted.shape)}"
     return "" if noted.dtype == found.dtype else f"its dtype is {found.dtype}, not {noted.dtype}"

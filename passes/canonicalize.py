@@ -12,6 +12,7 @@ from torch.fx.node import Argument
 from effopt.axes import same_size
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
+from effopt.infer import depends_on_data
 from effopt.passes.broadcasts import EXPANSIONS, choose_in_place_of_write, read_unexpanded
 from effopt.pipeline import Outcome
 from effopt.program import Program, is_tensor, shape, value
@@ -144,7 +145,7 @@ def _share(edit: Edit) -> None:
     for node in list(edit.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if torch.Tag.nondeterministic_seeded in node.target.tags or depends_on_data(value(node)):
             continue
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         if key in known:

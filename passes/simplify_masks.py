@@ -98,7 +98,12 @@ def _corners(node: Node, known: dict[Node, Fact]) -> tuple[tuple[float, float], 
 
 
 def _bounds(weight: Tensor) -> Fact | None:
-    if weight.is_floating_point() or weight.numel() == 0 or weight.numel() > 1 << 22:
+    if (
+        weight.is_floating_point()
+        or weight.is_complex()
+        or weight.numel() == 0
+        or weight.numel() > 1 << 22
+    ):
         return None
     return Fact(float(weight.min()), float(weight.max()))
 

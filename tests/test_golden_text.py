@@ -147,7 +147,10 @@ def test_pruning_keeps_what_the_class_token_attends_to() -> None:
                 scaled_dot_product_attention(unsqueeze, unsqueeze, unsqueeze)
             squeeze[batch, 7, 4] = squeeze(scaled_dot_product_attention, 1)
             add[batch, 7, 4] = add(cat, squeeze)
-            attention_row_default[batch, 7] = attention_row(unsqueeze, unsqueeze, None, [0], 0.5)
+            select_int[batch, 7] = select(add, 2, 0)
+            ones_like_default[batch, 7] = ones_like(select_int, dtype=torch.float32)
+            attention_row_default[batch, 7] =
+                attention_row(unsqueeze, unsqueeze, None, ones_like_default, [0], 0.5, False)
             select_tokens_default[batch, 4] = select_tokens(attention_row_default, 4, 1, 0)
             gather_tokens_default[batch, 4, 4] = gather_tokens(add, select_tokens_default, 1)
             linear_1[batch, 4, 4] = linear(gather_tokens_default, @up.weight)

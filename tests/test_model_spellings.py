@@ -63,7 +63,6 @@ class FlatBlock(ScaledBlock):
         rows = x.reshape(-1, x.shape[-1])
         return (rows + self.mlp(self.norm2(rows))).view(shape)
 
-
     def block(self) -> Block:
         return replace(
             super().block(),
@@ -98,9 +97,7 @@ class Towers(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(TOKENS, WIDTH)
-        self.text, self.image = (
-            nn.ModuleList(ScaledBlock() for _ in range(3)) for _ in range(2)
-        )
+        self.text, self.image = (nn.ModuleList(ScaledBlock() for _ in range(3)) for _ in range(2))
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
 

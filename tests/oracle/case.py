@@ -101,7 +101,10 @@ def _resized(x: Tensor, shape: tuple[int | str, ...], batch: int, length: int | 
 
 
 def _turned(row: Tensor, turn: int) -> Tensor:
-    """Make another row of the same kind; a mask (two values at most) stays as it is."""
+    """Make another row of the same kind; a mask (two values at most) stays as it is.
+
+    Whole numbers turn along the tokens: the four of a box belong together.
+    """
     if not turn or (not row.is_floating_point() and len(row.unique()) <= 2):
         return row
-    return row.roll(turn, -1)
+    return row.roll(turn, -1 if row.is_floating_point() else 0)

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from effopt.kernel import kernel
 from tests.oracle.case import Case
-from tests.oracle.interpreter import Recorder
+from tests.oracle.interpreter import Change, Inputs, Recorder
 
 MATCH, MERGE, SELECT, GATHER, FUSE, SCATTER = (
     kernel(f"{name}_tokens").op
@@ -102,19 +102,39 @@ def _fused(node: Node, site: str) -> Decision | None:
     return Decision("fuse", site, node, fuses[0]) if fuses else None
 
 
+def alike(case: Case, inputs: Inputs) -> dict[str, Change]:
+    """Let every row of a sample choose as its first does, where windows are rows of their own.
+
+    So the choices of a sample are one list, which can be emulated.
+    """
+
+    def first(score: Tensor) -> Tensor:
+        rows = max(len(score) // len(inputs[0]), 1)
+        return score[::rows].repeat_interleave(rows, 0)
+
+    return {one.node.args[0].name: first for one in decisions(case)}  # type: ignore[union-attr]
+
+
+def row_at(case: Case, run: Recorder, row: int, found: Decision) -> int:
+    """Return the first row of a sample in what a decision reads."""
+    score = run.values[found.node.args[0].name]  # type: ignore[union-attr]
+    return row * max(len(score) // len(run.values[case.reduced.inputs()[0].name]), 1)
+
+
 def steps(case: Case, run: Recorder, row: int) -> list[Step]:
     """Read the reductions of one sample from a run of the reduced program."""
     made: list[Step] = []
     sizes: Tensor | None = None
     for found in decisions(case):
+        place = row_at(case, run, row, found)
         if found.kind == "merge":
-            kept, source, target = (x[row] for x in run.values[found.node.name])
+            kept, source, target = (x[place] for x in run.values[found.node.name])
             if sizes is None:
-                sizes = run.values[found.node.args[1].name][row].double()  # type: ignore
+                sizes = run.values[found.node.args[1].name][place].double()  # type: ignore
             step = _merge_step(found, kept, source, target, sizes)
             sizes = _sum(step, sizes)
         else:
-            step = _prune_step(found, run, row)
+            step = _prune_step(found, run, place)
         made.append(step)
     return made
 

@@ -64,6 +64,10 @@ class Emulator(Interpreter):
         self.epochs = _epochs(steps, valid, _proportional(case))
         self.epoch: dict[Node, int] = {}
         self.frozen: list[Tensor] = []
+        self.apart: dict[Node, Any] = {}
+        """What values are if each operand is read at the epoch it stands at."""
+        self.again: set[Node] = set()
+        """What the reduced program computes again, on all tokens, for the node that runs now."""
         self.thawed = _thawed(case)
         self.feeding = _feeding(case)
         self.positions = False
@@ -73,6 +77,7 @@ class Emulator(Interpreter):
         epoch = self._reads_at(n)
         self._now = n, epoch
         value = super().run_node(n)
+        self._run_apart(n, epoch)
         if n.op != "output":
             self.epoch[n] = self._yields_at(n, value, epoch)
         if n.name in self.at_site:
@@ -86,12 +91,23 @@ class Emulator(Interpreter):
         _, epoch = self._now
 
         def fetch(arg: Node) -> Any:
-            value = self.env[arg]
+            value = self.apart.get(arg, self.env[arg]) if arg in self.again else self.env[arg]
             if n.op == "output":
                 return value
             return self._lift(arg, value, epoch, n) if self.epoch.get(arg, 0) < epoch else value
 
         return torch.fx.node.map_arg((n.args, n.kwargs), fetch)
+
+    def _run_apart(self, n: Node, epoch: int) -> None:
+        carried = [arg for arg in n.all_input_nodes if self.on(arg)]
+        mixed = any(self.epoch.get(arg, 0) != epoch for arg in carried)
+        if not epoch or n.target in (SDPA, *POOLS) or n.op != "call_function":
+            return
+        if mixed or any(arg in self.apart for arg in carried):
+            args, kwargs = torch.fx.node.map_arg(
+                (n.args, n.kwargs), lambda arg: self.apart.get(arg, self.env[arg])
+            )
+            self.apart[n] = super().call_function(n.target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         n, epoch = self._now
@@ -105,6 +121,7 @@ class Emulator(Interpreter):
         """Return the epoch at which a node reads: 0 where the reduced program gave all back."""
         carried = [arg for arg in n.all_input_nodes if self.on(arg)]
         epoch = max((self.epoch.get(arg, 0) for arg in carried), default=0)
+        self.again = set()
         twin = self.twins.get(n.name)
         if not epoch or twin is None or n.op == "output":
             return epoch
@@ -113,7 +130,8 @@ class Emulator(Interpreter):
             if self.epoch.get(mine, 0) and self.on(mine):
                 seen = self.run_of_reduced.values[its.name]
                 if isinstance(seen, Tensor) and self._is_whole(mine, seen):
-                    return 0
+                    self.again |= {mine} if its.target is mine.target else set()
+                    epoch = 0
         return epoch
 
     def _is_whole(self, n: Node, seen: Tensor) -> bool:
