@@ -140,6 +140,8 @@ def bind(axis: Axis, dim: Dim) -> None:
     """Let an axis stand for a dimension; the kept one is the one that knows more of itself."""
     if len(dim) == 1 and _knows(axis) > _knows(dim[0]):
         axis, dim = dim[0], (axis,)
+    if axis in dim:
+        raise AxisError(f"{axis} would be a part of itself in {show(dim)}")
     whole = {a for other in dim for a in _history(other)}
     if axis in whole or set(_history(axis)) & set(dim):
         raise MixedError(f"{axis} before and after a reduction meet")

@@ -431,8 +431,12 @@ EAGER = {
 }
 """Transformers models with their eager attention, and how many calls they make."""
 
+FAST = ("bert", "gpt2")
 
-@pytest.mark.parametrize("name", EAGER)
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in EAGER]
+)
 def test_models_with_eager_attention(name: str) -> None:
     model, given = ARCHITECTURES[name].make()
     if hasattr(model, "set_attn_implementation"):

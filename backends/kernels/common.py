@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.axes import Axis, AxisMap, Dim, Dims
+from effopt.axes import Axis, AxisMap, Dim, Dims, same_size
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -23,4 +23,5 @@ def arg_dims(found: AxisMap, node: Node, place: int) -> Dims:
 
 def reduced(node: Node, before: Dim, size: object) -> Dim:
     """Make the axis of the tokens that are left; it must never be taken for the one before."""
-    return (Axis(f"{node.name}.tokens", size, reduced_from=before),)
+    single = same_size(size, 1)
+    return () if single else (Axis(f"{node.name}.tokens", size, reduced_from=before),)
