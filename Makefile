@@ -34,7 +34,7 @@ test-all: lint types
 
 N ?= 20000
 fuzz: setup
-	EFFOPT_FUZZ=$(N) $(BIN)/python -m pytest -n 2 -v tests/test_fuzz.py
+	$(BIN)/python -m tests.fuzz $(N)
 
 zoo: setup
 	$(BIN)/python -m tests.zoo_run

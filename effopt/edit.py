@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import Argument, map_arg
+from torch.fx.node import Argument
 
 from effopt.axes import same_size
 from effopt.errors import VerificationError
@@ -15,9 +15,6 @@ from effopt.program import Program, where
 
 MAKER = "effopt.maker"
 """Key in `node.meta`: which pass made or changed the node, and why."""
-
-EVIDENCE = "effopt.evidence"
-"""Key in `node.meta`: what the value was inferred from; as long as that stands, so does it."""
 
 Target = Callable[..., Any]
 
@@ -109,7 +106,6 @@ class Edit:
     def _infer(self, node: Node) -> None:
         node.meta[MAKER] = self.by
         node.meta["val"] = infer(node, self.program)
-        node.meta[EVIDENCE] = evidence(node)
         self.count += 1
 
     def close(self) -> bool:
@@ -120,16 +116,3 @@ class Edit:
             self.program.module.recompile()
             self.program.changed()
         return self.count > 0
-
-
-def evidence(node: Node) -> tuple[Any, ...]:
-    """Return what the value of a node follows from: operator, arguments, and their very values."""
-    held = [source.meta.get("val") for source in node.all_input_nodes]
-    args, kwargs = map_arg((node.args, node.kwargs), lambda arg: id(arg.meta.get("val")))
-    return node.target, args, kwargs, held
-
-
-def is_inferred(node: Node) -> bool:
-    """Tell whether the value of a node still follows from what it was inferred from."""
-    known = node.meta.get(EVIDENCE)
-    return known is not None and known[:3] == evidence(node)[:3]

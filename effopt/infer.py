@@ -5,6 +5,7 @@ inferred once for the same shapes is kept, and the operators that fill a transfo
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -191,7 +192,14 @@ def _norm(x: Tensor, normalised: Any, *given: Any) -> Shape | None:
 
 
 def _activation(x: Tensor) -> Shape | None:
-    return tuple(x.shape) if x.is_floating_point() else None
+    """Return the shape of x; None where the result takes over strides that are out of order."""
+    return tuple(x.shape) if x.is_floating_point() and _in_order(x) else None
+
+
+def _in_order(x: Tensor) -> bool:
+    """Tell whether x is known to be contiguous, without adding a guard."""
+    inner = itertools.accumulate(reversed(x.shape[1:]), operator.mul, initial=1)
+    return all(map(same_size, reversed(x.stride()), inner))
 
 
 SHAPES: dict[Any, Callable[..., Shape | None]] = {

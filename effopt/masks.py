@@ -44,14 +44,14 @@ def parts_of(mask: Node | None) -> MaskParts:
         part, is_condition = todo.pop()
         inner = [arg for arg in part.args[:2] if is_tensor(arg)]
         if _keeps_rank(part) or (is_condition and _is_conjunction(part)):
-            todo += [(arg, is_condition) for arg in reversed(inner)]  # type: ignore[misc]
+            todo += [(arg, is_condition) for arg in reversed(inner)]
         elif is_condition:
             seen.append(part)
         elif _is_sum(part):
-            todo += [(arg, False) for arg in reversed(inner)]  # type: ignore[misc]
+            todo += [(arg, False) for arg in reversed(inner)]
         elif part.target in CHOICES and is_low(part.args[2]):
             pair = zip(part.args[:2], (True, False), strict=True)
-            todo += [(arg, kind) for arg, kind in pair if is_tensor(arg)]  # type: ignore[misc]
+            todo += [(arg, kind) for arg, kind in pair if is_tensor(arg)]
         elif number_in(part) != 0:
             added.append(part)
     return MaskParts(tuple(dict.fromkeys(seen)), tuple(added))
@@ -62,7 +62,7 @@ def _is_conjunction(part: Node) -> bool:
     if part.target in AND:
         return True
     inner = part.args[0] if part.args else None
-    if not is_tensor(inner) or value(inner).is_floating_point():  # type: ignore[arg-type]
+    if not is_tensor(inner) or value(inner).is_floating_point():
         return False
     return part.target in (aten.mul.Tensor, aten.to.dtype)
 
@@ -164,6 +164,8 @@ def _is_twin(axis: TokenAxis, part: Node, seen: tuple[Node, ...]) -> bool:
 
 def _may_hide(bias: Node) -> str:
     """Say why a bias may hide tokens in place of weighing them, or ""."""
+    if value(bias).dtype == torch.bool:
+        return ""  # it counts as 0 and 1
     fixed = constant_value(bias)
     if fixed is not None:
         hides = _least(fixed) <= HIDES

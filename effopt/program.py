@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(val.shape)
 
 
-def is_tensor(node: object) -> bool:
+def is_tensor(node: object) -> TypeGuard[Node]:
     """Tell whether an argument is a node that yields a tensor."""
     return isinstance(node, Node) and isinstance(value(node), Tensor)
 

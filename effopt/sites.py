@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch.fx import Node
 
@@ -61,7 +62,7 @@ class TokenAxis:
         """The number of tokens."""
         return self.tokens.size
 
-    @property
+    @cached_property
     def stream(self) -> Site:
         """A usable site: its value has the dims and the layout of the residual stream."""
         return self.usable()[0]

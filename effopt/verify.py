@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import Size, find_axes, same_size
-from effopt.edit import EVIDENCE, evidence, is_inferred
 from effopt.errors import VerificationError
 from effopt.infer import infer, is_free_of_inputs
 from effopt.program import Program, value, where
@@ -79,12 +78,7 @@ def _value_holds(node: Node, program: Program) -> str:
         return "" if node.op == "output" or "val" in node.meta else "it has no value"
     if "val" not in node.meta:
         return "it has no value"
-    if is_inferred(node):
-        return ""
-    found = _difference(node.meta["val"], infer(node, program))
-    if not found:
-        node.meta[EVIDENCE] = evidence(node)
-    return found
+    return _difference(node.meta["val"], infer(node, program))
 
 
 def _same_or_free(noted: Size, found: Size) -> bool:

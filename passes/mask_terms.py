@@ -10,6 +10,7 @@ from effopt.masks import CHOICES
 from effopt.program import is_tensor, value
 
 aten = torch.ops.aten
+FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
 MOVED = (
     *(aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.expand.default),
@@ -40,6 +41,8 @@ def as_condition(edit: Edit, mask: Node) -> Node | None:
 
 def _condition(edit: Edit, source: Node) -> Node | None:
     """Return where an additive mask lets attend, or None for one that is not 0 and -infinity."""
+    if source.target in FILLS and number_in(source.args[0]) != 0:
+        return None  # a bias that hides as well: `choose` reads it
     with edit.before(source):
         choice = _as_choice(edit, source)
     if choice is None:
@@ -52,7 +55,7 @@ def _as_choice(edit: Edit, node: Node) -> tuple[Node, Argument] | None:
     """Read a node as `where(seen, kept, -infinity)`; a condition that it lacks is made."""
     if node.target in CHOICES and is_low(node.args[2]) and isinstance(node.args[0], Node):
         return node.args[0], node.args[1]
-    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and is_low(node.args[2]):
+    if node.target in FILLS and is_low(node.args[2]):
         kept, hidden = node.args[:2]
         return edit.call(aten.logical_not.default, hidden), kept
     if node.target is aten.mul.Tensor:
@@ -93,7 +96,7 @@ def choose(edit: Edit, mask: Node) -> int:
     while todo:
         node = todo.pop()
         if node.target in (aten.add.Tensor, aten.expand.default):
-            todo += [arg for arg in node.args[:2] if is_tensor(arg)]  # type: ignore[misc]
+            todo += [arg for arg in node.args[:2] if is_tensor(arg)]
         elif node.target not in CHOICES and value(node).is_floating_point():
             with edit.before(node):
                 choice = _as_choice(edit, node)

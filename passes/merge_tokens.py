@@ -19,6 +19,7 @@ from effopt.masks import find_padding
 from effopt.mend import reduce_tokens
 from effopt.passes.schedule import (
     SCHEDULES,
+    Plan,
     choose_sites,
     expand_values,
     fixed,
@@ -89,21 +90,20 @@ class MergeTokens:
         plan = self._plan(program)
         if isinstance(plan, PreconditionError):
             raise plan
-        axis, counts = plan
         edit = Edit(program, self.name)
         reducers: Mapping[Site, Reducer] = {
-            site: _reducer(self, r) for site, r in counts.items() if r
+            site: _reducer(self, r) for site, r in plan.left.items() if r
         }
-        reduce_tokens(edit, axis, reducers)
-        return _outcome(edit.close(), axis, counts)
+        reduce_tokens(edit, plan.axis, reducers)
+        return plan.outcome(edit.close())
 
     def _listed(self) -> tuple[int | float, ...]:
         return self.r if isinstance(self.r, tuple) else (self.r,)
 
-    def _plan(self, program: Program) -> "_Plan | PreconditionError":
+    def _plan(self, program: Program) -> Plan | PreconditionError:
         return plan_on_axis(program, self.axis, self._plan_on)
 
-    def _plan_on(self, axis: TokenAxis) -> "_Plan | PreconditionError":
+    def _plan_on(self, axis: TokenAxis) -> Plan | PreconditionError:
         if refusal := find_padding(axis).refusal:
             return refusal
         sites = choose_sites(axis, self.sites, self.first, self.last)
@@ -118,16 +118,12 @@ class MergeTokens:
                 f"r = {show(wanted[0])} is more than half of the {tokens} tokens at the first site",
                 f"at most {removable(tokens, axis.prefix, axis.suffix)} can merge there",
             )
-        return axis, _effective(axis, dict(zip(sites, wanted, strict=True)), tokens)
+        return Plan(axis, _effective(axis, dict(zip(sites, wanted, strict=True)), tokens))
 
     def _wanted(self, sites: int) -> list[int | float]:
         if self.schedule == "linear" and not isinstance(self.r, tuple):
             return linear(self.r, self.inflect, sites)
         return expand_values(self.r, sites, "r")
-
-
-_Plan = tuple[TokenAxis, dict[Site, int]]
-"""The axis, and how many of its tokens merge at each site."""
 
 
 def _count(r: int | float, tokens: int) -> int:
@@ -147,14 +143,14 @@ def _effective(axis: TokenAxis, wanted: dict[Site, int | float], tokens: int) ->
 
 def _free_length(
     axis: TokenAxis, sites: list[Site], wanted: list[int | float]
-) -> "_Plan | PreconditionError":
+) -> Plan | PreconditionError:
     """Take whole numbers as they are: they are clamped when the engine runs."""
     shares = [r for r in wanted if isinstance(r, float)]
     if shares:
         reason = f"the number of {axis.name} is dynamic, and a share of it would count padding"
         remedy = "give r as a whole number, or leave 'length' out of dynamic"
         return PreconditionError(where(sites[0].attention), reason, remedy)
-    return axis, {site: int(r) for site, r in zip(sites, wanted, strict=True)}
+    return Plan(axis, {site: int(r) for site, r in zip(sites, wanted, strict=True)})
 
 
 def _reducer(options: MergeTokens, r: int) -> Reducer:
@@ -204,21 +200,3 @@ def _counts(point: Point, r: int) -> tuple[int | Node, int | Node]:
     most = edit.call(torch.sym_min, most, edit.call(operator.sub, length, 2))
     least = edit.call(torch.sym_max, least, 2)
     return edit.call(torch.sym_min, r, most), edit.call(torch.sym_max, rest, least)
-
-
-def _outcome(changed: bool, axis: TokenAxis, counts: dict[Site, int]) -> Outcome:
-    tokens, rows, notes = fixed(axis.size), [], []
-    for site, r in counts.items():
-        if tokens is None:
-            notes.append(f"block {site.block}: {r} tokens merge, at most half of what may leave")
-            continue
-        rows.append({"path": site.path, "block": site.block, "before": tokens, "after": tokens - r})
-        notes.append(f"block {site.block}: {tokens} -> {tokens - r} tokens")
-        tokens -= r
-    facts = {
-        "axis": axis.name,
-        "sites": rows,
-        "tokens": fixed(axis.size),
-        "protected": [axis.prefix, axis.suffix],
-    }
-    return Outcome(changed, tuple(notes), facts)

@@ -21,6 +21,7 @@ from effopt.kernel import kernel
 from effopt.mend import reduce_tokens
 from effopt.passes.schedule import (
     SCHEDULES,
+    Plan,
     choose_sites,
     expand_values,
     fixed,
@@ -73,7 +74,7 @@ class PruneTokens:
             raise UsageError(f"keep of prune-tokens is {self.keep}", "give shares above 0, up to 1")
 
     def check(self, program: Program) -> list[PreconditionError]:
-        """Refuse where nothing is a class token, or where the token count is not fixed."""
+        """Refuse where no site is usable, the length is free, or a fused token would be hidden."""
         if self._keeps_all():
             return []
         plan = self._plan(program)
@@ -86,24 +87,23 @@ class PruneTokens:
         plan = self._plan(program)
         if isinstance(plan, PreconditionError):
             raise plan
-        axis, counts = plan
         edit = Edit(program, self.name)
         reducers: dict[Site, Reducer] = {
-            site: _reducer(self, after)
-            for site, (before, after) in counts.items()
-            if after < before
+            site: _reducer(self, before - gone)
+            for site, before, gone in plan.steps()
+            if before is not None and gone
         }
-        reduce_tokens(edit, axis, reducers)
-        return _outcome(edit.close(), axis, counts, self.fuse)
+        reduce_tokens(edit, plan.axis, reducers)
+        return plan.outcome(edit.close())
 
     def _keeps_all(self) -> bool:
         rates = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         return all(rate == 1 for rate in rates)
 
-    def _plan(self, program: Program) -> "_Plan | PreconditionError":
+    def _plan(self, program: Program) -> Plan | PreconditionError:
         return plan_on_axis(program, self.axis, lambda axis: self._plan_on(program, axis))
 
-    def _plan_on(self, program: Program, axis: TokenAxis) -> "_Plan | PreconditionError":
+    def _plan_on(self, program: Program, axis: TokenAxis) -> Plan | PreconditionError:
         causal = looks_back(program, axis)
         if causal and not axis.picks and not axis.marks:
             axis = replace(axis, picks=(-1,), suffix=max(axis.suffix, 1))
@@ -114,25 +114,20 @@ class PruneTokens:
         sites = choose_sites(axis, self.sites, 0, -1)
         if isinstance(sites, PreconditionError):
             return sites
-        return axis, self._counts(sites, tokens, axis.prefix + axis.suffix)
+        return Plan(axis, self._left(sites, tokens, axis.prefix + axis.suffix), self.fuse)
 
-    def _counts(
-        self, sites: list[Site], tokens: int, protected: int
-    ) -> dict[Site, tuple[int, int]]:
+    def _left(self, sites: list[Site], tokens: int, protected: int) -> dict[Site, int]:
+        """Say how many tokens leave at each site."""
         rates = expand_values(self.keep, len(sites), "keep")
         if self.schedule == "linear":
             steps = range(1, len(sites) + 1)
             rates = [1 - (1 - rate) * s / len(sites) for rate, s in zip(rates, steps, strict=True)]
-        counts, before = {}, tokens
+        left, before = dict[Site, int](), tokens
         for site, rate in zip(sites, rates, strict=True):
             kept = protected + ceil(rate * (before - protected) - 1e-9)
-            counts[site] = (before, kept)
+            left[site] = before - kept
             before = kept + (self.fuse and kept < before)
-        return counts
-
-
-_Plan = tuple[TokenAxis, dict[Site, tuple[int, int]]]
-"""The axis, and how many tokens there are before and after each site."""
+        return left
 
 
 def _refusal(
@@ -202,20 +197,3 @@ def _fused(options: PruneTokens, point: Point, score: Node, kept: Node, keep: in
         return edit.call(aten.scatter.src, last, 1, kept, wide)
 
     return Reduction(places, None, False, combine, group, point.x)
-
-
-def _outcome(
-    changed: bool, axis: TokenAxis, counts: dict[Site, tuple[int, int]], fuse: bool
-) -> Outcome:
-    rows, notes = [], []
-    for site, (before, kept) in counts.items():
-        after = kept + (fuse and kept < before)
-        rows.append({"path": site.path, "block": site.block, "before": before, "after": after})
-        notes.append(f"block {site.block}: {before} -> {after} tokens")
-    facts = {
-        "axis": axis.name,
-        "sites": rows,
-        "tokens": fixed(axis.size),
-        "protected": [axis.prefix, axis.suffix],
-    }
-    return Outcome(changed, tuple(notes), facts)

@@ -1,24 +1,23 @@
 """Schedules: how many tokens leave at which block, resolved to one number a site."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import floor
-from typing import TypeVar
+from typing import Any
 
 from effopt.axes import Size
 from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.passes.unify_attention import left_alone
+from effopt.pipeline import Outcome
 from effopt.program import Program
 from effopt.sites import Site, TokenAxis, find_tokens
 
 SCHEDULES = ("constant", "linear")
 
 
-Plan = TypeVar("Plan")
-
-
 def plan_on_axis(
-    program: Program, name: str, plan: Callable[[TokenAxis], Plan | PreconditionError]
-) -> Plan | PreconditionError:
+    program: Program, name: str, plan: "Callable[[TokenAxis], Plan | PreconditionError]"
+) -> "Plan | PreconditionError":
     """Make a plan for the named token axis; without a name, for the first that can be reduced.
 
     Axes come by the number of their usable sites. Returns the first refusal if all refuse.
@@ -131,3 +130,45 @@ def expand_values(
 def fixed(size: Size) -> int | None:
     """Return a size if it is the same for every input."""
     return size if isinstance(size, int) else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The axis to reduce, and how many of its tokens leave at each site (`left`).
+
+    `fused` sites keep one token more, which stands for those that left. With a free length the
+    counts are clamped when the engine runs.
+    """
+
+    axis: TokenAxis
+    left: dict[Site, int]
+    fused: bool = False
+
+    def steps(self) -> list[tuple[Site, int | None, int]]:
+        """List the sites with the tokens before (None for a free length) and those that leave."""
+        found, before = list[tuple[Site, int | None, int]](), fixed(self.axis.size)
+        for site, gone in self.left.items():
+            found.append((site, before, gone))
+            if before is not None:
+                before += (self.fused and gone > 0) - gone
+        return found
+
+    def outcome(self, changed: bool) -> Outcome:
+        """Write what was done at each site as notes and facts."""
+        rows, notes = list[dict[str, Any]](), list[str]()
+        for site, before, gone in self.steps():
+            if before is None:
+                most = "at most half of what may leave"
+                notes.append(f"block {site.block}: {gone} tokens merge, {most}")
+                continue
+            after = before - gone + (self.fused and gone > 0)
+            place = {"path": site.path, "block": site.block}
+            rows.append({**place, "before": before, "after": after})
+            notes.append(f"block {site.block}: {before} -> {after} tokens")
+        facts = {
+            "axis": self.axis.name,
+            "sites": rows,
+            "tokens": fixed(self.axis.size),
+            "protected": [self.axis.prefix, self.axis.suffix],
+        }
+        return Outcome(changed, tuple(notes), facts)

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from effopt.capture import capture
 from effopt.errors import EffoptError
+from effopt.passes.recipes import NORMAL_FORM
 from effopt.pipeline import Pass, Pipeline, Step, parse_passes
 from effopt.program import Program
 from effopt.report import StepRecord
 
-NORMAL = (
-    "canonicalize,fold-constants,unify-layers,unify-attention,simplify-masks,"
-    "canonicalize,fold-constants"
-)
+NORMAL = NORMAL_FORM
 """The normal form, which the lossy passes read."""
 
 

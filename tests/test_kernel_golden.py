@@ -84,7 +84,7 @@ def test_proportional_attention_counts_a_key_as_often_as_it_has_originals(form: 
     ):
         q, k = torch.ones(1, 1, 2, 1), torch.tensor(logits).reshape(1, 1, 2, 1)
         bias = torch.tensor(size).log().reshape(1, 1, 1, 2)
-        near(row(q, k, bias, [0], 1.0)[0], want)
+        near(row(q, k, bias, torch.ones(1, 2), [0], 1.0, False)[0], want)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,7 +114,9 @@ def test_a_row_of_attention_is_that_of_the_whole_map(
     whole = (logits.masked_fill(~bias, -torch.inf) if boolean else logits + bias).softmax(-1)
     for rows in ([0], [0, 1], [-1]):
         want = whole[:, :, rows].mean(dim=(1, 2))
-        got = getattr(kernel("attention_row"), form)(q, k, bias, rows, 0.3)
+        got = getattr(kernel("attention_row"), form)(
+            q, k, bias, torch.ones(k.shape[0], k.shape[2]), rows, 0.3, False
+        )
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
@@ -122,5 +124,16 @@ def test_a_row_of_attention_is_that_of_the_whole_map(
 def test_grouped_queries_share_their_key(form: str) -> None:
     q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
     want = (q @ k.repeat_interleave(2, 1).transpose(2, 3)).softmax(-1)[:, :, 0].mean(1)
-    got = getattr(kernel("attention_row"), form)(q, k, None, [0], 1.0)
+    got = getattr(kernel("attention_row"), form)(
+        q, k, None, torch.ones(k.shape[0], k.shape[2]), [0], 1.0, False
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_mean_over_all_queries_leaves_padding_out_and_hides_what_comes_later(form: str) -> None:
+    q, k = torch.zeros(1, 1, 3, 1), torch.ones(1, 1, 3, 1)
+    row = getattr(kernel("attention_row"), form)
+    near(row(q, k, None, torch.ones(1, 3), [], 1.0, True)[0], [11 / 18, 5 / 18, 2 / 18])
+    near(row(q, k, None, torch.tensor([[1.0, 1, 0]]), [], 1.0, True)[0], [3 / 4, 1 / 4, 0])
+    near(row(q, k, None, torch.tensor([[1.0, 3, 0]]), [], 1.0, True)[0], [5 / 8, 3 / 8, 0])

@@ -30,7 +30,18 @@ def attention_row(
     broadcasts to [B, H, N, N] and is added, or masks where it is bool and False; `causal` hides
     from each query what comes later. Softmax is in float32.
     """
-    return lowering(q, k, bias, size, rows, scale, causal)
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = torch.einsum("bhqd,bhkd->bhqk", q.float(), keys.float()) * scale
+    for mask in (
+        bias,
+        torch.ones(logits.shape[2:], device=q.device).tril().bool() if causal else None,
+    ):
+        logits = logits if mask is None else logits + _additive(mask)
+    weights = logits.softmax(dim=-1).mean(dim=1)
+    if rows:
+        return weights[:, rows].mean(dim=1)
+    share = size.float() / size.float().sum(dim=1, keepdim=True).clamp_min(1e-6)
+    return torch.einsum("bq,bqk->bk", share, weights)
 
 
 @attention_row.register_fake

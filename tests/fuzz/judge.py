@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from effopt.errors import EffoptError
-from effopt.pipeline import parse_passes, spec_of
+from effopt.pipeline import Pass, parse_passes, spec_of
 from effopt.program import Program
+from effopt.sites import find_tokens
 from tests.fuzz.model import Inputs, draw, make
+from tests.fuzz.settle import settled
 from tests.fuzz.spec import Spec
-from tests.fuzz.strategy import settled
 from tests.oracle.case import captured, make_case
 from tests.oracle.checks import faults
 from tests.oracle.compare import differ
@@ -72,7 +73,7 @@ def _judge_pass(spec: Spec, original: Program, normal: Program, one: str, verdic
     wrong: list[str] = []
     try:
         for step in parse_passes(one):
-            case = make_case(original, normal, spec_of(step), draws)
+            case = make_case(original, normal, spec_of(_along(step, normal, spec)), draws)
             if case.reduced is not normal:
                 wrong += faults(case) + narrowed(case, before)
                 original = normal = case.reduced
@@ -85,6 +86,14 @@ def _judge_pass(spec: Spec, original: Program, normal: Program, one: str, verdic
         verdict.faults[one] = wrong
     else:
         verdict.right.append(one)
+
+
+def _along(step: Pass, normal: Program, spec: Spec) -> Pass:
+    """Set the option `axis` where the model's row says which one."""
+    names = [axis.name for axis in normal.get(find_tokens)]
+    if spec.axis < 0 or not names:
+        return step
+    return replace(step, axis=names[spec.axis % len(names)])  # type: ignore[type-var]
 
 
 def _refused(one: str, refusal: EffoptError, verdict: Verdict) -> None:

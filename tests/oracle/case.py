@@ -67,7 +67,8 @@ def _normal(program: Program) -> Program:
 def make_case(original: Program, normal: Program, spec: str, draw: Draw | None = None) -> Case:
     """Reduce a program in normal form; EffoptError where that is refused."""
     reduced, name = apply(normal, spec)
-    axis = next(axis for axis in normal.get(find_tokens) if axis.name == name)
+    axes = normal.get(find_tokens)
+    axis = next((axis for axis in axes if axis.name == name), axes[0])
     return Case(original, normal, reduced, axis, draw or redraw(original), mask_input(original))
 
 

@@ -34,6 +34,10 @@ class NotEmulated(Exception):
     """The emulation has no meaning for this program; the reason says why."""
 
 
+class ForcedError(Exception):
+    """A real token had to merge into padding, with which no bias of token pairs can be right."""
+
+
 @dataclass
 class Epoch:
     """The tokens after some steps, at full length.
@@ -61,6 +65,7 @@ class Emulator(Interpreter):
         self.twins = {node.name: node for node in case.reduced.nodes()}
         self.sites = {site.node.name: site for site in case.axis.sites}
         self.at_site = {step.site: place for place, step in enumerate(steps, start=1)}
+        self.valid = valid
         self.epochs = _epochs(steps, valid, _proportional(case))
         self.epoch: dict[Node, int] = {}
         self.frozen: list[Tensor] = []
@@ -175,9 +180,18 @@ class Emulator(Interpreter):
         residual = dims(arg) == dims(stream) and value.is_floating_point()
         averaged = kind == "merge" and reader not in self.feeding and value.is_floating_point()
         matrix = self._copies(known, epoch, averages=residual or averaged)
+        if self._forced(epoch) and reader.target is SDPA and value.is_floating_point():
+            raise ForcedError
         for place, spot in spots.items():
             value = _along(value, matrix, place, spot)
         return value
+
+    def _forced(self, epoch: int) -> bool:
+        """Tell whether a real token had to merge into padding: its bias is that of no token."""
+        if self.valid is None:
+            return False
+        after = self.epochs[epoch]
+        return bool((self.valid & ~self.valid[after.places[after.moved]]).any())
 
     def _copies(self, known: int, epoch: int, averages: bool) -> Tensor:
         """Return [N, N]: each token's new value from those at an earlier epoch."""
@@ -287,7 +301,8 @@ def _epochs(steps: list[Step], valid: Tensor | None, proportional: bool) -> list
         alone = torch.zeros(count, dtype=torch.bool)
         alone[_spokesmen(moved, places, valid)] = True
         if step.kind == "merge":
-            found.append(Epoch(moved, places, every if proportional else alone, every))
+            keys = every if proportional else alone
+            found.append(Epoch(moved, places, keys if valid is None else keys & valid, every))
         else:
             found.append(Epoch(moved, places, alone, alone))
     return found

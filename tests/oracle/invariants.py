@@ -13,7 +13,7 @@ from effopt.tokens import Range
 from tests.oracle.case import Case, Inputs
 from tests.oracle.compare import CLOSE, Faults, differ, output_node, real_tokens, sizes
 from tests.oracle.decisions import MATCH, SELECT, UnknownDecision, decisions, steps
-from tests.oracle.emulate import NotEmulated, emulated
+from tests.oracle.emulate import ForcedError, NotEmulated, emulated
 from tests.oracle.interpreter import Change, outputs_of, record
 
 
@@ -124,7 +124,7 @@ def _reads_positions(case: Case) -> bool:
     run = record(case.reduced, inputs)
     try:
         emulator, _ = emulated(case, run, steps(case, run, 0), inputs, 0, real_tokens(case, run, 0))
-    except (UnknownDecision, NotEmulated):
+    except (UnknownDecision, NotEmulated, ForcedError):
         return True
     return emulator.positions
 

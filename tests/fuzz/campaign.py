@@ -1,0 +1,77 @@
+"""A campaign: many random models, each reduced in many ways; counts, and what was wrong."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.fuzz.judge import judge, kind, reproduction, shrunk
+from tests.fuzz.spec import Spec
+from tests.fuzz.strategy import trials
+
+PASSES = 12
+"""Passes tried on a model: to capture it takes as long as to judge five of them."""
+
+BATCH = 20
+"""Models drawn from one seed."""
+
+
+@dataclass
+class Tally:
+    """How many pairs of a model and a pass came out how, and one failure of each kind."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, tuple[Spec, str, str]] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> int:
+        return self.counts["right"] + self.counts["refused"] + self.counts["wrong"]
+
+    def add(self, spec: Spec, passes: tuple[str, ...]) -> None:
+        """Judge one model."""
+        verdict = judge(spec, passes)
+        wrong, refused = verdict.faults, verdict.refusals
+        self.counts.update(models=1, right=len(verdict.right))
+        self.counts.update(refused=len(refused.keys() - wrong), wrong=len(wrong))
+        self.refusals.update(kind(reason) for reason in refused.values())
+        for name, found in wrong.items():
+            self.failures.setdefault(kind(found[0]), (spec, name, found[0]))
+
+    def report(self, shown: int = 5) -> str:
+        """Write failures, each with the smallest model that has it."""
+        lines = [f"{len(self.failures)} kinds of faults in {self}"]
+        for what, (spec, name, fault) in list(self.failures.items())[:shown]:
+            lines += [f"--- {fault}", reproduction(shrunk(spec, name, what), name)]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{self.counts[n]} {n}" for n in ("models", "right", "refused", "wrong"))
+
+
+def batch(number: int, models: int, tally: Tally, passes: int = PASSES) -> None:
+    """Judge the models of one seed."""
+
+    @seed(number)
+    @settings(
+        max_examples=models,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(trials(passes))
+    def one(trial: tuple[Spec, tuple[str, ...]]) -> None:
+        tally.add(*trial)
+
+    one()
+
+
+def campaign(pairs: int, first: int = 0) -> Iterator[Tally]:
+    """Judge so many pairs; yield the tally after every batch."""
+    tally, number = Tally(), first
+    while tally.pairs < pairs:
+        batch(number, BATCH, tally)
+        number += 1
+        yield tally
