@@ -84,8 +84,23 @@ def _plain_attention(graph: Graph, node: Node, masks: dict[Any, Node]) -> None:
     if given["is_causal"]:
         mask = _causal_mask(graph, node, query, given["key"], masks)
     elif mask is not None and mask.meta["val"].dtype is torch.bool:
+        _answer_the_seeing(graph, node, mask, masks)
         mask = _additive_mask(graph, mask, query, masks)
     node.args, node.kwargs = (query, key, value, mask), {"scale": given.get("scale")}
+
+
+def _answer_the_seeing(graph: Graph, node: Node, mask: Node, masks: dict[Any, Node]) -> None:
+    """Let queries that may attend to nothing, as those of padding on the left, get 0 as in torch."""
+    sizes = mask.meta["val"].shape
+    if len(sizes) < 2 or sizes[-2] == 1:
+        return
+    if (mask, "seeing") not in masks:
+        with graph.inserting_after(mask):
+            masks[mask, "seeing"] = graph.call_function(torch.any, (mask, -1, True))
+    with graph.inserting_after(node):
+        answered = graph.call_function(torch.where, (masks[mask, "seeing"], node, 0.0))
+    answered.meta = dict(node.meta)
+    node.replace_all_uses_with(answered, lambda user: user is not answered)
 
 
 def _additive_mask(graph: Graph, mask: Node, query: Node, masks: dict[Any, Node]) -> Node:

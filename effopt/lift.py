@@ -87,13 +87,13 @@ class Lift:
             return self.averages[node, epoch]
         return self._gathered(node, reader, known, epoch)
 
-    def part_of(self, whole: Node, spot: Range) -> Node:
-        """Cut a [B, K] value (sizes, places) to the tokens of a range."""
+    def part_of(self, whole: Node, spot: Range, place: int = 1) -> Node:
+        """Cut a value (sizes and places [B, K]) to the tokens of a range along a dimension."""
         start, stop = edges(spot, self.state.axis)
         if (start, stop) == (0, None):
             return whole
         end = 2**63 - 1 if stop is None else stop
-        return self.edit.call(aten.slice.Tensor, whole, 1, start, end)
+        return self.edit.call(aten.slice.Tensor, whole, place, start, end)
 
     def _protected(self, spots: dict[int, Range | str]) -> bool:
         """Tell whether only tokens are concerned that no reduction touches."""

@@ -140,6 +140,9 @@ class _Walk:
         if size is None:
             return self._lifted(mask, node, epoch) if mask is not None else None
         bias = self._log_size(size, epoch, value(keys).dtype)
+        spot = self.axis.tokens.on(keys)[len(shape(keys)) - 2] if on_keys else None
+        if bias is not None and isinstance(spot, Range):
+            bias = self.lift.part_of(bias, spot, 3)
         for part in parts_of(mask).added:
             own = self._lifted(part, node, epoch)
             bias = own if bias is None else self.edit.call(aten.add.Tensor, own, bias)
@@ -220,7 +223,7 @@ class _Walk:
                 return
             rows = reduction.combine(self.edit, point.x)
             x = to_stream(self.edit, rows, site.places)
-            self.state.add(reduction, lengths_of(self.edit, rows, 1))
+            self.state.add(reduction, lengths_of(self.edit, rows, 1), site.node)
             self.counts.add(reduction)
             self.state.put(site.node, count + 1, x)
 

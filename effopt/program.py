@@ -66,7 +66,9 @@ class Program:
             leaves, spec = pytree.tree_flatten((args, known))
             if spec == self.in_spec:
                 self._check_leaves(leaves)
-                return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+                tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+                self._check_ranges(tensors)
+                return tensors
         names = ", ".join(item.name for item in self.signature.inputs)
         raise UsageError(
             f"the inputs do not nest as at capture (inputs: {names})",
@@ -89,6 +91,17 @@ class Program:
                     f"{name} was {fixed!r} at capture, which the graph holds",
                     f"pass {name}={fixed!r}, or capture the model again with the other value",
                 )
+
+    def _check_ranges(self, tensors: tuple[Tensor, ...]) -> None:
+        """Refuse a size that the program was not captured for."""
+        for spec, tensor in zip(self.signature.inputs, tensors, strict=True):
+            for name, size in zip(spec.shape, tensor.shape, strict=False):
+                low, high = self.ranges.get(str(name), (size, size))
+                if not low <= size <= high:
+                    raise UsageError(
+                        f"{name} of input {spec.name!r} is {size}, not from {low} to {high}",
+                        "pass inputs of the sizes that the model was captured for",
+                    )
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the graph in eager torch on flat inputs."""

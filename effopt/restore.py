@@ -81,7 +81,9 @@ class Restore:
         """Put dropped tokens back if a value is the residual stream."""
         if self.stream is None:
             self.stream = _stream_values(self.state)
-        if node not in self.stream or not self._fits_frozen(node, epoch):
+        if not {node, *self.state.places[:epoch]} <= self.stream:
+            return None
+        if not self._fits_frozen(node, epoch):
             return None
         places = self.state.axis.stream.places
         whole = to_rows(self.edit, self.state.at(node, epoch), places)
@@ -126,10 +128,14 @@ def group_map(edit: Edit, state: State, epoch: int) -> Node:
 
 
 def _stream_values(state: State) -> set[Node]:
-    """Find the values of the residual stream: those at sites, and x + f(x) from there on."""
-    site, sites = state.axis.stream, state.axis.usable()
+    """Find the values that the residual stream reaches from the first reduction by x + f(x).
+
+    What maps all tokens in between (a norm between two stages) ends it: tokens that were dropped
+    ahead of it have not been through it.
+    """
+    site = state.axis.stream
     tail = [node.target for node in _path(state, site.node, site.join)]
-    stream = {site.node for site in sites}
+    stream = {state.places[0]}
     for node in state.axis.effects:
         if node.target is not aten.add.Tensor:
             continue

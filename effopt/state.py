@@ -74,6 +74,7 @@ class State:
     axis: TokenAxis
     padding: Node | None
     reductions: list[Reduction] = field(default_factory=list)
+    places: list[Node] = field(default_factory=list)
     sizes: list[Any] = field(default_factory=lambda: [None])
     lengths: list[Any] = field(default_factory=list)
     epochs: dict[Node, int] = field(default_factory=dict)
@@ -119,9 +120,10 @@ class State:
         """Keep the arguments of a node from before it is mended."""
         self.originals[node] = (node.args, node.kwargs)
 
-    def add(self, reduction: Reduction, length: Length) -> None:
-        """Begin a new epoch."""
+    def add(self, reduction: Reduction, length: Length, place: Node) -> None:
+        """Begin a new epoch, with a reduction of the value at a place of the residual stream."""
         self.reductions.append(reduction)
+        self.places.append(place)
         self.sizes.append(reduction.size)
         self.lengths.append(length)
 

@@ -9,7 +9,7 @@ from effopt.axes import Size
 from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.passes.unify_attention import left_alone
 from effopt.pipeline import Outcome
-from effopt.program import Program
+from effopt.program import Program, where
 from effopt.sites import Site, TokenAxis, find_tokens
 
 SCHEDULES = ("constant", "linear")
@@ -46,6 +46,12 @@ def token_axes(program: Program, name: str = "") -> list[TokenAxis] | Preconditi
             "use a transformer, or a recipe without tokens",
         )
     usable = [axis for axis in found if axis.usable()]
+    if usable and program.name_of(usable[0].size) == "batch":
+        return PreconditionError(
+            where(usable[0].sites[0].attention),
+            "the first dimension of the inputs, which is named batch, counts the tokens",
+            "let the model take [batch, tokens, channels], or capture it with dynamic=()",
+        )
     if not usable:
         refusal = found[0].sites[0].refusal
         assert refusal is not None

@@ -142,11 +142,20 @@ def _simplify(edit: Edit, node: Node, known: dict[Node, Fact]) -> None:
     if node.target in CHOICES and node.args[0] in known:
         seen, kept = node.args[:2]
         same = isinstance(kept, Node) and value(kept).dtype == value(node).dtype
-        if same and known[seen].always(1):  # type: ignore[index]
+        if same and known[seen].always(1) and _reach(node, kept, seen):  # type: ignore[index]
             edit.replace(node, _spread(edit, kept, seen, node))  # type: ignore[arg-type]
             return
     if node.target is aten.index.Tensor:
         _index_by_places(edit, node)
+
+
+def _reach(node: Node, *parts: Any) -> bool:
+    """Tell whether parts broadcast to the shape of a node by themselves."""
+    shapes, wanted = [shape(part) for part in parts], shape(node)
+    return all(
+        any(len(own) >= back and same_size(own[-back], wanted[-back]) for own in shapes)
+        for back in range(1, len(wanted) + 1)
+    )
 
 
 def _spread(edit: Edit, small: Node, true: Node, like: Node) -> Node:

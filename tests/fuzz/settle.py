@@ -63,6 +63,8 @@ RULES: tuple[Rule, ...] = (
         {"position": "learned"},
     ),
     (lambda s: s.call != "sdpa" and s.mask == "causal", {"mask": "tril"}),
+    # A row that attends to nothing has no answer but where the mask is boolean in the model itself.
+    (lambda s: s.call != "sdpa" and s.mask == "outer", {"call": "sdpa"}),
     # What fixes the length.
     (lambda s: s.source != "text" or s.mask.startswith("relative"), {"free_length": False}),
     (lambda s: s.free_length and s.position == "rotary_ids", {"position": "rotary"}),

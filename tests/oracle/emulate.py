@@ -87,8 +87,10 @@ class Emulator(Interpreter):
             self.epoch[n] = self._yields_at(n, value, epoch)
         if n.name in self.at_site:
             value = self._reduce(n, value)
+            self.apart.pop(n, None)
         if n.name in self.thawed and self.epoch[n]:
             value = self._thaw(value, self.epoch[n])
+            self.apart.pop(n, None)
         return value
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
