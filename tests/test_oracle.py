@@ -96,3 +96,30 @@ def test_duplicates_see_sizes_that_were_forgotten() -> None:
     _forget_sizes(made.reduced.module.graph)
     made.reduced.module.recompile()
     assert any(fault.startswith("duplicates") for fault in faults(made))
+
+
+FOUND: dict[str, tuple[Spec, str]] = {
+    "a mask read by blocks and by the head has a form for each": (
+        Spec(source="text", tokens=6, zero="each", out="masked_max"),
+        "merge-tokens{r=2,sites=[0]}",
+    ),
+    "one token that is left": (
+        Spec(source="vision", grid=(2, 2), call="mha", tower="same", axis=1),
+        "prune-tokens{keep=0.3,schedule=linear}",
+    ),
+    "tokens given back hold what they left with": (
+        Spec(depth=3, position="late", out="masked_mean"),
+        "prune-tokens{keep=0.7,sites=[0,1,2]}",
+    ),
+    "padding forced into real tokens beside a relative bias": (
+        Spec(mask="relative_padded", out="several"),
+        "merge-tokens{r=0.49,last=-2}",
+    ),
+}
+"""What campaigns found, in the core or in the oracle."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_campaigns_found_stays_right(name: str) -> None:
+    spec, passes = FOUND[name]
+    assert judge(spec, (passes,)).right == ["normal form", passes]
