@@ -28,8 +28,8 @@ from effopt.state import Point, Reducer, Reduction, State
 from effopt.tokens import Kind, Range
 
 aten = torch.ops.aten
-TINY = 1e-30
-"""Size 0 (padding) has a logarithm of -69 in place of -infinity: e^-69 is 0 beside any token."""
+LOWEST = -1e30
+"""Log size of padding in place of -infinity: no logit comes near, and a row of pads is no NaN."""
 
 
 def reduce_tokens(edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer]) -> list[Reduction]:
@@ -157,9 +157,12 @@ class _Walk:
         if not proportional and self.state.padding is None:
             return None
         if epoch not in self.state.log_sizes:
-            most = None if proportional else 1.0
-            kept = self.edit.call(aten.clamp.default, size, TINY, most)
-            flat = self.edit.call(aten.log.default, kept)
+            if not proportional:
+                size = self.edit.call(aten.clamp.default, size, None, 1.0)
+            flat = self.edit.call(aten.log.default, size)
+            if self.state.padding is not None:
+                low = max(LOWEST, torch.finfo(dtype).min / 2)
+                flat = self.edit.call(aten.clamp_min.default, flat, low)
             wide = self.edit.call(aten.unsqueeze.default, flat, 1)
             bias = self.edit.call(aten.unsqueeze.default, wide, 2, name=f"log_size_{epoch}")
             if value(bias).dtype != dtype:

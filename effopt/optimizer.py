@@ -148,8 +148,8 @@ def _measured(report: Report, original: Program, program: Program, clock: Clock)
         clock,
         version=importlib.metadata.version("effopt"),
         environment=_environment(),
-        macs_before=macs(original),
-        macs_after=macs(program),
+        macs_before=_known_macs(original),
+        macs_after=_known_macs(program),
         weight_bytes=program.weight_bytes(),
         quality=tuple(agreement_of(before, after, EXAMPLES)),
     )
@@ -159,6 +159,14 @@ def _refusal(support: Support) -> tuple[str, str]:
     """Part a backend's refusal in its reason and, after a colon, its remedy."""
     reason, _, remedy = support.reason.partition(": ")
     return reason, remedy or "choose another target: `effopt targets` lists them"
+
+
+def _known_macs(program: Program) -> int:
+    """Count the multiply-adds; 0 where a size depends on the data, so that nobody can."""
+    try:
+        return macs(program)
+    except PreconditionError:
+        return 0
 
 
 def _fixed_batch(model: object, program: Program, dynamic: Sequence[str]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class Restore:
         self.made: dict[Node, Node] = {}
         self.maps: dict[int, Node] = {}
         self.stream: set[Node] | None = None
+        self.marked: dict[Node, bool] = {}
 
     def __call__(self, out: Node) -> Node:
         """Return a value with all its tokens; new nodes go where the edit inserts."""
@@ -54,8 +55,22 @@ class Restore:
         if not epoch or all(isinstance(s, Range) and not covers(s, axis) for s in spots):
             return self.state.at(out, epoch)
         merged = all(reduction.group for reduction in self.state.reductions[:epoch])
+        if merged and self._marks_its_own(out):
+            return self._rerun(out, merged)
         restored = self._copied(out, epoch) if merged else self._scattered(out, epoch)
         return restored or self._rerun(out, merged)
+
+    def _marks_its_own(self, node: Node) -> bool:
+        """Tell whether a head masks or weighs a value token by token: then it does copies."""
+        if node not in self.marked:
+            effect = self.state.axis.effects.get(node)
+            alone = effect is not None and effect.kind in (Kind.MAP, Kind.RANGE)
+            carried = [arg for arg in self.state.operands(node) if self.state.carries(arg)]
+            in_head = alone and node not in self.state.feeds_attention
+            self.marked[node] = in_head and any(
+                not self.state.latest(arg) or self._marks_its_own(arg) for arg in carried
+            )
+        return self.marked[node]
 
     def _copied(self, node: Node, epoch: int) -> Node | None:
         """Copy merged tokens back where they stand by themselves, with the batch."""

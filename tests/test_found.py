@@ -277,3 +277,59 @@ def test_a_model_without_a_usable_site_is_refused_by_every_pass() -> None:
     for spec in ("merge-tokens{r=2}", "prune-tokens{keep=0.5}"):
         with pytest.raises(EffoptError, match="order of the tokens"):
             effopt.optimize(Model(run).eval(), (x(),), recipe=spec)
+
+
+HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "logsumexp": lambda y, mask: y.masked_fill(mask[..., None] == 0, -1e9).logsumexp(1),
+    "masked output": lambda y, mask: y * mask[..., None],
+    "softmax pooling": lambda y, mask: (
+        y * y[..., :1].masked_fill(mask[..., None] == 0, -1e9).softmax(1)
+    ).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_padding_that_merged_is_still_padding_in_the_head(name: str) -> None:
+    def run(net: Model, ids: Tensor, mask: Tensor) -> Tensor:
+        y = net.words(ids) + net.places
+        for block in net.blocks:
+            y = block(y, mask[:, None, None, :].bool())
+        return HEADS[name](y, mask)
+
+    mask = torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[1, 4:] = 0  # more padding than places that may leave: some of it merges into real tokens
+    ids = torch.randint(0, 50, (2, TOKENS))
+    merged = effopt.optimize(Model(run).eval(), (ids, mask), recipe="merge-tokens{r=5,sites=[0]}")
+    other = ids.masked_fill(mask == 0, 7)
+    torch.testing.assert_close(merged(ids, mask), merged(other, mask), rtol=0, atol=1e-4)
+
+
+def test_padding_stays_hidden_beside_logits_that_are_far_apart() -> None:
+    def run(net: Model, ids: Tensor, mask: Tensor) -> Tensor:
+        y = net.words(ids) + net.places
+        for block in net.blocks:
+            y = block(y, mask[:, None, None, :].bool())
+        return y[:, 0]
+
+    model = Model(run).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.q.weight.zero_()
+            block.q.bias.fill_(200.0)
+            block.k.weight.mul_(8)
+    ids = torch.randint(0, 50, (2, TOKENS))
+    merged = effopt.optimize(model, (ids, padding()), recipe="merge-tokens{r=2}")
+    other = ids.masked_fill(padding() == 0, 7)
+    torch.testing.assert_close(merged(ids, padding()), merged(other, padding()))
+
+
+def test_what_cannot_be_counted_does_not_stop_a_conversion() -> None:
+    def run(net: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
+        y = net.words(ids) + net.places
+        for block in net.blocks:
+            y = block(y)
+        return y[:, 0], net.channels(y[ids == 3]).sum(0)
+
+    ids = torch.randint(3, 50, (2, TOKENS))
+    ids[:, 5] = 3
+    assert effopt.optimize(Model(run).eval(), (ids,), recipe="exact").report.macs_before == 0

@@ -89,8 +89,7 @@ def test_merging_weighs_attention_and_the_mean_by_size() -> None:
             add_1[batch, 4, 4] = add(getitem_4, linear_1)
             linear_2[batch, 4, 4] = linear(add_1, @qk.weight)
             unsqueeze_1[batch, 1, 4, 4] = unsqueeze(linear_2, 1)
-            clamp_default[batch, 4] = clamp(getitem_3, 1e-30, None)
-            log_default[batch, 4] = log(clamp_default)
+            log_default[batch, 4] = log(getitem_3)
             unsqueeze_default[batch, 1, 4] = unsqueeze(log_default, 1)
             log_size_1[batch, 1, 1, 4] = unsqueeze(unsqueeze_default, 2)
             scaled_dot_product_attention_1[batch, 1, 4, 4] =

@@ -19,11 +19,14 @@ BATCH = 20
 
 @dataclass
 class Tally:
-    """How many pairs of a model and a pass came out how, and one failure of each kind."""
+    """How many pairs of a model and a pass came out how, and one failure of each kind.
+
+    One kind of fault under another mask, or with another head, is likely another defect.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, tuple[Spec, str, str]] = field(default_factory=dict)
+    failures: dict[tuple[str, str, str], tuple[Spec, str, str]] = field(default_factory=dict)
 
     @property
     def pairs(self) -> int:
@@ -37,12 +40,13 @@ class Tally:
         self.counts.update(refused=len(refused.keys() - wrong), wrong=len(wrong))
         self.refusals.update(kind(reason) for reason in refused.values())
         for name, found in wrong.items():
-            self.failures.setdefault(kind(found[0]), (spec, name, found[0]))
+            what = kind(found[0]), spec.mask, spec.out
+            self.failures.setdefault(what, (spec, name, found[0]))
 
     def report(self, shown: int = 5) -> str:
         """Write failures, each with the smallest model that has it."""
         lines = [f"{len(self.failures)} kinds of faults in {self}"]
-        for what, (spec, name, fault) in list(self.failures.items())[:shown]:
+        for (what, *_), (spec, name, fault) in list(self.failures.items())[:shown]:
             lines += [f"--- {fault}", reproduction(shrunk(spec, name, what), name)]
         return "\n".join(lines)
 
