@@ -88,11 +88,13 @@ ONE_PASS = "merge at all sites in one pass: name them in its option sites"
 class Padding:
     """The [B, 1, 1, N] condition to attend of all attention calls over an axis, or none.
 
-    `refusal` says why the calls' masks cannot be told from a padding mask.
+    `refusal` says why the calls' masks cannot be told from a padding mask; `blind` that padding
+    attends to nothing as well, which a merged form does not keep.
     """
 
     mask: Node | None = None
     refusal: PreconditionError | None = None
+    blind: bool = False
 
 
 def find_padding(axis: TokenAxis) -> Padding:
@@ -105,16 +107,17 @@ def find_padding(axis: TokenAxis) -> Padding:
     ):
         reason = "these tokens were merged before, and a second pass does not know their sizes"
         return Padding(refusal=PreconditionError(where(own[0]), reason, ONE_PASS))
-    vectors = list[Node | None]()
+    vectors, blind = list[Node | None](), False
     for call in own:
         parts = parts_of(mask_of(call))
         if reason := _unmergeable(axis, call, parts):
             return Padding(refusal=_refuse(call, reason))
+        blind = blind or any(_is_twin(axis, part, parts.seen) for part in parts.seen)
         vectors.append(next((part for part in parts.seen if _is_vector(axis, part)), None))
     if len({vector and origin(vector) for vector in vectors}) > 1:
         reason = "the attention calls over these tokens do not share one padding mask"
         return Padding(refusal=_refuse(own[0], reason))
-    return Padding(next(iter(vectors), None))
+    return Padding(next(iter(vectors), None), blind=blind)
 
 
 def _refuse(call: Node, reason: str) -> PreconditionError:

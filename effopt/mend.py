@@ -57,7 +57,8 @@ class _Walk:
         self.edit = edit
         self.axis = axis
         self.sites = {site.node: (site, reducer) for site, reducer in reducers.items()}
-        self.state = State(axis, find_padding(axis).mask)
+        self.padding = find_padding(axis)
+        self.state = State(axis, self.padding.mask)
         self.lift = Lift(edit, self.state)
         self.restored = Restore(edit, self.state)
         self.counts = Counts(edit, self.state)
@@ -178,6 +179,9 @@ class _Walk:
         x = self.lift(source, node, epoch)
         size = self.state.sizes[epoch]
         plain = node.target in EXTREMES or not covers(spot, self.axis)
+        if node.target in EXTREMES and self.padding.blind and size is not None:
+            reason = "an extreme over the tokens reads padding, which attends to nothing"
+            raise PreconditionError(where(node), reason, LEAVE_OUT)
         if not plain and size is None and node.target is aten.sum.dim_IntList:
             self._restore(node)  # a sum over the tokens that are left would be another sum
             return
