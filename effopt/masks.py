@@ -167,7 +167,7 @@ def _is_twin(axis: TokenAxis, part: Node, seen: tuple[Node, ...]) -> bool:
 
 def _may_hide(bias: Node) -> str:
     """Say why a bias may hide tokens in place of weighing them, or ""."""
-    if value(bias).dtype == torch.bool:
+    if value(bias).dtype == torch.bool or _is_cast(bias):
         return ""  # it counts as 0 and 1
     fixed = constant_value(bias)
     if fixed is not None:
@@ -182,6 +182,12 @@ def _may_hide(bias: Node) -> str:
         if min(numbers, default=0) <= HIDES or (held is not None and _least(held) <= HIDES):
             return "an additive mask of unknown values may hide tokens, which sizes cannot show"
     return ""
+
+
+def _is_cast(bias: Node) -> bool:
+    """Tell whether a bias is a condition as a number."""
+    inner = bias.args[0] if bias.target is aten.to.dtype else None
+    return is_tensor(inner) and value(inner).dtype == torch.bool
 
 
 def _table(node: Node) -> Node | None:

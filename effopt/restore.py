@@ -5,6 +5,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from effopt.axes import same_size
+from effopt.axis_table import family
+from effopt.conditions import same_condition
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
@@ -61,16 +63,22 @@ class Restore:
         return restored or self._rerun(out, merged)
 
     def _marks_its_own(self, node: Node) -> bool:
-        """Tell whether a head masks or weighs a value token by token: then it does copies."""
+        """Tell whether a head reads the padding mask for a value: each copy reads its own."""
         if node not in self.marked:
             effect = self.state.axis.effects.get(node)
             alone = effect is not None and effect.kind in (Kind.MAP, Kind.RANGE)
-            carried = [arg for arg in self.state.operands(node) if self.state.carries(arg)]
             in_head = alone and node not in self.state.feeds_attention
-            self.marked[node] = in_head and any(
-                not self.state.latest(arg) or self._marks_its_own(arg) for arg in carried
+            reads = in_head and node in self.state.originals
+            carried = [arg for arg in self.state.operands(node) if self.state.carries(arg)]
+            self.marked[node] = reads and any(
+                self._marks_its_own(arg) if self.state.latest(arg) else self._is_mask(arg)
+                for arg in carried
             )
         return self.marked[node]
+
+    def _is_mask(self, node: Node) -> bool:
+        padding = self.state.padding
+        return padding is not None and same_condition(node, padding) is not None
 
     def _copied(self, node: Node, epoch: int) -> Node | None:
         """Copy merged tokens back where they stand by themselves, with the batch."""
@@ -110,10 +118,14 @@ class Restore:
         return to_stream(self.edit, whole, places)
 
     def _fits_frozen(self, node: Node, epoch: int) -> bool:
-        """Tell whether the dropped tokens had as many channels as a value of the stream."""
-        channels = shape(node)[self.state.axis.stream.places[2]]
+        """Tell whether a value has the layout of the stream and the channels that were dropped."""
+        site, dims = self.state.axis.stream, self.state.axis.tokens.axes.of
+        rows, tokens, channels = site.places
+        own, stream = dims(node), dims(site.node)
+        if len(own) != 3 or (own[rows], own[tokens]) != (stream[rows], stream[tokens]):
+            return False
         frozen = (reduction.frozen for reduction in self.state.reductions[:epoch])
-        return all(same_size(shape(left)[2], channels) for left in frozen)
+        return all(same_size(shape(left)[2], shape(node)[channels]) for left in frozen)
 
     def _rerun(self, node: Node, merged: bool) -> Node:
         """Call an operator that maps tokens one by one again, on all tokens."""
@@ -152,29 +164,36 @@ def _stream_values(state: State) -> set[Node]:
     tail = [node.target for node in _path(state, site.node, site.join)]
     stream = {state.places[0]}
     for node in state.axis.effects:
-        if node.target is not aten.add.Tensor:
-            continue
-        own = [arg for arg in state.operands(node) if arg in stream]
-        branch = [arg for arg in state.operands(node) if arg not in stream]
-        if len(own) != 1 or len(branch) != 1 or not _is_branch(state, branch[0], own[0], stream):
-            continue
-        for target in tail:
-            node = next((user for user in node.users if user.target is target), node)
-        stream.add(node)
+        if family(node) == "view" and _carried(state, node)[0] in stream:
+            stream.add(node)
+        elif node.target is aten.add.Tensor and _adds_to_stream(state, node, stream):
+            for target in tail:
+                node = next((user for user in node.users if user.target is target), node)
+            stream.add(node)
     return stream
 
 
-def _is_branch(state: State, branch: Node, source: Node, stream: set[Node]) -> bool:
-    """Tell whether each term of a sum is computed from one value of the residual stream."""
-    terms, whole = [branch], list[Node]()
-    while terms:
-        term = terms.pop()
-        parts = [arg for arg in state.operands(term) if state.carries(arg)]
-        if term.target is aten.add.Tensor and len(parts) == 2:
-            terms += parts
-        else:
-            whole.append(term)
-    return all(_comes_from(state, term, source, stream) for term in whole)
+def _carried(state: State, node: Node) -> list[Node]:
+    return [arg for arg in state.operands(node) if state.carries(arg)]
+
+
+def _adds_to_stream(state: State, node: Node, stream: set[Node]) -> bool:
+    """Tell whether a sum is one value of the stream and terms that are computed from it."""
+    terms = _carried(state, node)
+    while True:
+        own = [term for term in terms if term in stream]
+        rest = [term for term in terms if term not in stream]
+        if len(own) == 1 and rest and all(_comes_from(state, t, own[0], stream) for t in rest):
+            return True
+        sums = [t for t in terms if t.target is aten.add.Tensor and len(_carried(state, t)) == 2]
+        if not sums or len(terms) > _TERMS:
+            return False
+        terms.remove(sums[0])
+        terms += _carried(state, sums[0])
+
+
+_TERMS = 8
+"""Terms that a sum is taken apart into, at most: a parallel block has three."""
 
 
 def _comes_from(state: State, term: Node, source: Node, stream: set[Node]) -> bool:
@@ -182,17 +201,25 @@ def _comes_from(state: State, term: Node, source: Node, stream: set[Node]) -> bo
 
     Masks and tables inside it do not matter: dropped tokens skip the whole term.
     """
+    wanted = _unviewed(state, source)
     todo, known, found = [term], set[Node](), False
     while todo:
         node = todo.pop()
-        if node is source:
+        if node in stream:
+            if _unviewed(state, node) is not wanted:
+                return False
             found = True
-        elif node in stream:
-            return False
         elif node not in known:
             known.add(node)
-            todo += [arg for arg in state.operands(node) if state.carries(arg)]
+            todo += _carried(state, node)
     return found
+
+
+def _unviewed(state: State, node: Node) -> Node:
+    """Return what a value of the stream is a view of."""
+    while family(node) == "view":
+        node = _carried(state, node)[0]
+    return node
 
 
 def _path(state: State, node: Node, join: Node) -> list[Node]:

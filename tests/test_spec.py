@@ -22,7 +22,7 @@ UNREAD: dict[str, tuple[str, str]] = {
     ),
     "merge-tokens{r=1,q=1}": (
         "unknown option of merge-tokens 'q'",
-        "known: first, inflect, last, proportional, r, schedule, sites",
+        "known: axis, first, inflect, last, proportional, r, schedule, sites",
     ),
     "merge-tokens{r=fast}": (
         "option 'r' of merge-tokens is 'fast', not of type int or float or tuple[int | float, ...]",
