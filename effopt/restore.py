@@ -180,7 +180,7 @@ def _carried(state: State, node: Node) -> list[Node]:
 def _adds_to_stream(state: State, node: Node, stream: set[Node]) -> bool:
     """Tell whether a sum is one value of the stream and terms that are computed from it."""
     terms = _carried(state, node)
-    while True:
+    while len(terms) > 1:  # of one, the other is added to all tokens alike
         own = [term for term in terms if term in stream]
         rest = [term for term in terms if term not in stream]
         if len(own) == 1 and rest and all(_comes_from(state, t, own[0], stream) for t in rest):
@@ -190,6 +190,7 @@ def _adds_to_stream(state: State, node: Node, stream: set[Node]) -> bool:
             return False
         terms.remove(sums[0])
         terms += _carried(state, sums[0])
+    return False
 
 
 _TERMS = 8
