@@ -91,7 +91,10 @@ def _plain_attention(graph: Graph, node: Node, masks: dict[Any, Node]) -> None:
 
 def _answer_the_seeing(graph: Graph, node: Node, mask: Node, masks: dict[Any, Node]) -> None:
     """Let queries that may attend to nothing, as of padding on the left, get 0 as in torch."""
-    sizes = mask.meta["val"].shape
+    source = mask
+    while source.target is torch.ops.aten.expand.default and _broadcasts(source, mask):
+        source = source.args[0]  # type: ignore[assignment]
+    sizes = source.meta["val"].shape
     if len(sizes) < 2 or sizes[-2] == 1:
         return
     if (mask, "seeing") not in masks:
