@@ -175,7 +175,10 @@ def _scale(node: Node, facts: Facts) -> Fact | None:
         return None
     factor = 1 / factor if node.target is aten.div.Tensor else factor
     biases = tuple(replace(bias, factor=bias.factor * factor) for bias in fact.biases)
-    return fact.then(node, scale=fact.scale * factor, biases=biases)
+    hidden = tuple(replace(one, low=one.low * factor) for one in fact.hidden)
+    if any(one.low > LOW for one in hidden):
+        return Lost("what a mask hid is scaled back to where it counts")
+    return fact.then(node, scale=fact.scale * factor, biases=biases, hidden=hidden)
 
 
 def _scale_rows(node: Node, fact: Logits, by: object) -> Fact | None:

@@ -1,6 +1,7 @@
 """What review and fuzzing found on the way to any transformer: each is a test by its name."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,3 +334,48 @@ def test_what_cannot_be_counted_does_not_stop_a_conversion() -> None:
     ids = torch.randint(3, 50, (2, TOKENS))
     ids[:, 5] = 3
     assert effopt.optimize(Model(run).eval(), (ids,), recipe="exact").report.macs_before == 0
+
+
+def test_a_mask_that_is_scaled_down_hides_nothing() -> None:
+    def run(net: Model, y: Tensor, mask: Tensor) -> Tensor:
+        hidden = mask[:, None] == 0
+        for block in net.blocks:
+            logits = (block.q(y) @ block.k(y).transpose(1, 2)).masked_fill(hidden, -1e4) * 1e-3
+            y = y + block.out(logits.softmax(-1) @ block.v(y))
+        return y
+
+    model, inputs = Model(run).eval(), (x(), padding())
+    exact = effopt.optimize(model, inputs, recipe="exact")
+    torch.testing.assert_close(exact(*inputs), model(*inputs), rtol=0, atol=1e-5)
+    assert "scaled back" in judged(run, inputs, "merge-tokens{r=2}")
+
+
+def test_complex_constants_are_no_masks() -> None:
+    def run(net: Model, y: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(TOKENS).float(), torch.ones(WIDTH // 2))
+        turn = torch.polar(torch.ones_like(angles), angles)
+        for block in net.blocks:
+            pairs = torch.view_as_complex(y.reshape(*y.shape[:2], -1, 2))
+            y = block(torch.view_as_real(pairs * turn).flatten(2))
+        return y[:, 0]
+
+    model = Model(run).eval()
+    exact = effopt.optimize(model, (x(),), recipe="exact")
+    torch.testing.assert_close(exact(x()), model(x()), rtol=0, atol=1e-5)
+    for spec in ("merge-tokens{r=2}", "prune-tokens{keep=0.6}"):
+        assert judged(run, (x(),), spec) == ""
+
+
+def test_queries_that_see_nothing_get_the_same_answer_from_the_engine(tmp_path: Path) -> None:
+    def run(net: Model, y: Tensor, mask: Tensor) -> Tensor:
+        seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
+        for block in net.blocks:
+            y = block(y, seen)
+        return y
+
+    left = padding().flip(1)
+    optimized = effopt.optimize(Model(run).eval(), (x(), left), recipe="exact")
+    engine = effopt.load(optimized.save(tmp_path / "engine", measure=False))
+    want = optimized(x(), left).numpy()
+    got = engine(x().numpy(), left.numpy())[0]
+    assert abs(got - want).max() <= 1e-4 * abs(want).max()

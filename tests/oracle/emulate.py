@@ -271,10 +271,11 @@ def _along(value: Tensor, matrix: Tensor, place: int, spot: Range | str) -> Tens
     start, width = _start(spot, len(matrix), value.shape[place]), value.shape[place]
     own = matrix[start : start + width, start : start + width]
     moved = value.movedim(place, 0)
-    flat = own @ moved.reshape(width, -1).double()
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    flat = own.to(wide) @ moved.reshape(width, -1).to(wide)
     if value.dtype == torch.bool:
         return (flat > 0.5).reshape(moved.shape).movedim(0, place)
-    flat = flat if value.is_floating_point() else flat.round()
+    flat = flat if value.is_floating_point() or value.is_complex() else flat.round()
     return flat.to(value.dtype).reshape(moved.shape).movedim(0, place)
 
 
