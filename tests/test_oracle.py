@@ -13,14 +13,17 @@ from tests.fuzz.model import draw, make
 from tests.fuzz.spec import Spec
 from tests.oracle import Case, faults, make_case
 from tests.oracle.case import captured
+from tests.oracle.checks import CHECKS
 from tests.oracle.decisions import GATHER, SCATTER
 
 aten = torch.ops.aten
+MERGED = torch.ops.effopt.merge_tokens.default
 MERGE, PRUNE = "merge-tokens{r=3,sites=[0]}", "prune-tokens{keep=0.5,sites=[0]}"
 
 
 def case(spec: Spec, passes: str) -> Case:
-    original, normal = captured(make(spec), draw(spec, 2))
+    names = ("batch", "length") if spec.free_length else ("batch",)
+    original, normal = captured(make(spec), draw(spec, 2), names)
     return make_case(original, normal, passes, lambda batch, length: draw(spec, batch, length))
 
 
@@ -63,6 +66,26 @@ def _mix_samples(graph: Graph) -> None:
         node.args = (node.args[0], turned, *node.args[2:])
 
 
+def _weigh_by_place(graph: Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=MERGED):
+        stream = node.args[0]
+        assert isinstance(stream, Node)
+        with graph.inserting_before(node):
+            places = graph.call_function(aten.arange.default, (stream.meta["val"].shape[1],))
+            column = graph.call_function(aten.unsqueeze.default, (places, 1))
+            weighed = graph.call_function(aten.mul.Tensor, (stream, column))
+        node.args = (weighed, *node.args[1:])
+
+
+def _return_doubles(graph: Graph) -> None:
+    (output,) = graph.find_nodes(op="output")
+    with graph.inserting_before(output):
+        wide = [graph.call_function(aten.to.dtype, (n, torch.float64)) for n in output.args[0]]
+    for made, before in zip(wide, output.args[0], strict=True):
+        made.meta = dict(before.meta)
+    output.args = (tuple(wide),)
+
+
 SABOTAGE: dict[str, tuple[Spec, str, Callable[[Graph], None], str]] = {
     "sizes": (Spec(out="tokens"), MERGE, _forget_sizes, "emulation"),
     "mean": (Spec(out="mean"), MERGE, _forget_weights, "emulation"),
@@ -71,6 +94,14 @@ SABOTAGE: dict[str, tuple[Spec, str, Callable[[Graph], None], str]] = {
     "pick": (Spec(front=1, out="cls"), PRUNE, _pick_another, "emulation"),
     "restore": (Spec(out="tokens"), PRUNE, _restore_zeros, "emulation"),
     "samples": (Spec(out="mean"), PRUNE, _mix_samples, "batch independence"),
+    "dtype": (Spec(out="tokens"), PRUNE, _return_doubles, "free sizes"),
+    "order": (Spec(out="mean"), MERGE, _weigh_by_place, "permutation"),
+    "pads": (
+        Spec(source="text", mask="bool", free_length=True, out="cls"),
+        "merge-tokens{r=1,sites=[0]}",
+        _forget_sizes,
+        "padding",
+    ),
 }
 """A model, a pass, what is done to the reduced graph, and the check that must see it."""
 
@@ -89,6 +120,19 @@ def test_a_sabotage_is_seen(name: str) -> None:
     sabotage(broken.reduced.module.graph)
     broken.reduced.module.recompile()
     assert any(fault.startswith(check) for fault in faults(broken))
+
+
+def test_identity_sees_a_normal_form_that_is_another_model() -> None:
+    made = case(Spec(out="mean"), MERGE)
+    broken = replace(made, normal=made.normal.fork())
+    for node in broken.normal.module.graph.find_nodes(op="call_function", target=aten.gelu.default):
+        node.target = aten.relu.default
+    broken.normal.module.recompile()
+    assert any(fault.startswith("identity") for fault in faults(broken))
+
+
+def test_every_check_is_shown_to_fail() -> None:
+    assert {row[3] for row in SABOTAGE.values()} | {"duplicates", "identity"} == set(CHECKS)
 
 
 def test_duplicates_see_sizes_that_were_forgotten() -> None:
