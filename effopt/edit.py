@@ -20,7 +20,7 @@ Target = Callable[..., Any]
 
 
 class Edit:
-    """A change of one program by one maker; close it to drop dead nodes and recompile.
+    """A change of one program by one maker; close it to drop dead nodes.
 
     `count` says how many nodes were made, changed or replaced; 0 leaves the graph as it was.
     """
@@ -109,7 +109,7 @@ class Edit:
         self.count += 1
 
     def close(self) -> bool:
-        """Drop dead nodes, recompile if something changed, and say whether it did."""
+        """Drop dead nodes if something changed, and say whether it did."""
         if self.count:
             self.graph.eliminate_dead_code()
             self.program.module.delete_all_unused_submodules()

@@ -1,12 +1,12 @@
 """Infer: the value (shape and dtype) of a node from those of its arguments, without a guard.
 
-Operators run on fake tensors, a few milliseconds each where the batch is a symbol. What was
-inferred once for the same shapes is kept, and the operators that fill a transformer have rules.
+Operators run on fake tensors, a millisecond or more each where the batch is a symbol. What was
+inferred once for the same shapes is kept, and frequent operators have rules (`shape_rules`).
 """
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from effopt.axes import same_size
 from effopt.errors import VerificationError
 from effopt.program import Program, where
-
-aten = torch.ops.aten
-Shape = tuple[Any, ...]
+from effopt.shape_rules import RULES
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -48,15 +45,23 @@ def infer(node: Node, program: Program) -> Any:
     key = _key(node.target, args, kwargs)
     if key in program.inferred:
         return program.inferred[key]
-    shape = SHAPES[node.target](*args) if node.target in SHAPES and not kwargs else None
-    if shape is None:
+    val = _by_rule(node.target, args, kwargs, fake_mode(program))
+    if val is None:
         val = _run(node, program, args, kwargs)
-    else:
-        with fake_mode(program), torch.no_grad():
-            val = args[0].new_empty(shape)
     if not depends_on_data(val):
         program.inferred[key] = val
     return val
+
+
+def _by_rule(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    """Return the value of a call that needs no run: one of several results, or by a rule."""
+    if target is operator.getitem and isinstance(args[0], (list, tuple)):
+        return args[0][args[1]] if -len(args[0]) <= args[1] < len(args[0]) else None
+    layout = RULES[target](*args) if target in RULES and not kwargs else None
+    if layout is None:
+        return None
+    plain = torch.empty_strided(*layout, dtype=args[0].dtype, device="meta")
+    return FakeTensor(mode, plain, args[0].device)
 
 
 def depends_on_data(val: Any) -> bool:
@@ -172,42 +177,3 @@ def _tried(sizes: Any) -> list[int]:
 
 
 _MANY = 4096
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape | None:
-    """Return [..., out] for x [..., in] and weight [out, in]; None where they do not fit."""
-    fits = weight.ndim == 2 and x.ndim > 0 and same_size(x.shape[-1], weight.shape[1])
-    typed = x.is_floating_point() and x.dtype == weight.dtype
-    typed = typed and (bias is None or bias.dtype == x.dtype)
-    placed = bias is None or (bias.ndim == 1 and same_size(bias.shape[0], weight.shape[0]))
-    return (*x.shape[:-1], weight.shape[0]) if fits and typed and placed else None
-
-
-def _norm(x: Tensor, normalised: Any, *given: Any) -> Shape | None:
-    """Return the shape of x where a norm runs over its last dimension and its weights fit."""
-    weights = [term for term in given if isinstance(term, Tensor)]
-    own = len(normalised) == 1 and x.ndim > 0 and same_size(x.shape[-1], normalised[0])
-    fits = all(w.dtype == x.dtype and list(w.shape) == list(normalised) for w in weights)
-    return tuple(x.shape) if own and fits and x.is_floating_point() else None
-
-
-def _activation(x: Tensor) -> Shape | None:
-    """Return the shape of x; None where the result takes over strides that are out of order."""
-    return tuple(x.shape) if x.is_floating_point() and _in_order(x) else None
-
-
-def _in_order(x: Tensor) -> bool:
-    """Tell whether x is known to be contiguous, without adding a guard."""
-    inner = itertools.accumulate(reversed(x.shape[1:]), operator.mul, initial=1)
-    return all(map(same_size, reversed(x.stride()), inner))
-
-
-SHAPES: dict[Any, Callable[..., Shape | None]] = {
-    aten.linear.default: _linear,
-    aten.layer_norm.default: _norm,
-    aten.rms_norm.default: _norm,
-    aten.gelu.default: _activation,
-    aten.silu.default: _activation,
-    aten.relu.default: _activation,
-}
-"""Shape rules of the slowest and most frequent operators; None leaves it to the operator."""

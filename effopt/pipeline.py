@@ -133,23 +133,23 @@ class Pipeline:
         self, program: Program, progress: Progress | None = None
     ) -> tuple[Program, tuple[StepRecord, ...]]:
         """Run all steps; a refused step that is not optional raises its PreconditionError."""
-        records = []
+        records, forks = [], Forks()
         for step in self.steps:
             if progress:
                 progress(step.run.name)
-            program, record = _run_step(step, program)
+            program, record = _run_step(step, program, forks)
             records.append(record)
         return program, tuple(records)
 
 
-def _run_step(step: Step, program: Program) -> tuple[Program, StepRecord]:
+def _run_step(step: Step, program: Program, forks: "Forks") -> tuple[Program, StepRecord]:
     start = time.perf_counter()
     before = _nodes(program)
     refusals = step.run.check(program)
     outcome, after = Outcome(False), program
     if not refusals:
         try:
-            outcome, after = _on_fork(step.run, program)
+            outcome, after = _on_fork(step.run, program, forks)
         except PreconditionError as refusal:  # found while rewriting: the fork is dropped
             refusals = [refusal]
     if refusals and not step.optional:
@@ -166,15 +166,28 @@ def _run_step(step: Step, program: Program) -> tuple[Program, StepRecord]:
     )
 
 
+@dataclass
+class Forks:
+    """Gives forks, first the one that the last pass left as it was: to copy a graph costs time."""
+
+    spare: Program | None = None
+
+    def take(self, program: Program) -> Program:
+        """Return a fork of the program that the step before returned."""
+        fork, self.spare = self.spare or program.fork(), None
+        return fork
+
+
 def _one_line(refusal: PreconditionError) -> str:
     return f"{refusal.node}: {refusal.reason} (remedy: {refusal.remedy})"
 
 
-def _on_fork(step: Pass, program: Program) -> tuple[Outcome, Program]:
+def _on_fork(step: Pass, program: Program, forks: "Forks") -> tuple[Outcome, Program]:
     """Run a pass on a fork and verify it; return the program itself if nothing changed."""
-    fork = program.fork()
+    fork = forks.take(program)
     outcome = step.run(fork)
     if not outcome.changed:
+        forks.spare = fork
         return outcome, program
     fork.history = (*program.history, spec_of(step))
     verify(fork, step.name)

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from effopt.errors import UsageError
@@ -120,7 +121,10 @@ class Program:
         self._known.clear()
 
     def fork(self) -> "Program":
-        """Copy the graph, share the weights: a pass works on a fork, kept if it is right."""
+        """Copy the graph, share the weights: a pass works on a fork, kept if it is right.
+
+        A fork is compiled when it runs: most are rewritten again before that.
+        """
         graph = torch.fx.Graph()
         result = graph.graph_copy(self.module.graph, seen := dict[Node, Node]())
         for old, new in seen.items():
@@ -128,7 +132,7 @@ class Program:
         graph.output(result)
         last = next(reversed(graph.nodes))
         last.meta = copy.copy(next(reversed(self.module.graph.nodes)).meta)
-        return replace(self, module=GraphModule(self.module, graph), _known={})
+        return replace(self, module=LazyGraphModule(self.module, graph), _known={})
 
     def nodes(self) -> Iterator[Node]:
         """Iterate over the nodes in execution order."""

@@ -14,8 +14,9 @@ from effopt.axes import same_size
 from effopt.capture import capture
 from effopt.edit import Edit
 from effopt.errors import VerificationError
-from effopt.infer import SHAPES, fake_mode, infer
+from effopt.infer import fake_mode, infer
 from effopt.program import Program
+from effopt.shape_rules import RULES
 
 aten = torch.ops.aten
 
@@ -38,6 +39,11 @@ WEIGHTS: tuple[Tensor | None, ...] = (
     torch.randn(8, dtype=torch.float16),
 )
 NORMALISED = ([8], [5, 8], [6])
+RESHAPED = (
+    *([-1], [-1, 8], [-1, 5, 8], [-1, 5, 2, 4], [-1, 1, 5, 8], [-1, 7], [-1, -1]),
+    *((None, 40), (None, -1), (None, 2, -1), (None, 5, -1, 4), (None, 3, 7), (None, -1, -1)),
+)
+"""Sizes to view as; None stands for the batch."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def program() -> Program:
     return capture(Takes(), INPUTS)
 
 
-def _arguments(target: Any) -> Iterator[tuple[Any, ...]]:
+def _arguments(target: Any, batch: Any) -> Iterator[tuple[Any, ...]]:
     """Return what comes behind the first argument."""
     if target is aten.linear.default:
         yield from itertools.product(WEIGHTS[1:], (None, WEIGHTS[1], WEIGHTS[3], WEIGHTS[-1]))
@@ -53,6 +59,14 @@ def _arguments(target: Any) -> Iterator[tuple[Any, ...]]:
         yield from itertools.product(NORMALISED, WEIGHTS[:3], WEIGHTS[:3])
     elif target is aten.rms_norm.default:
         yield from itertools.product(NORMALISED, WEIGHTS)
+    elif target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
+        yield from ((other,) for other in (2, 0.5, True, *WEIGHTS[1:], torch.randn(5, 8)))
+    elif target is aten.transpose.int:
+        yield from itertools.product((0, 1, -1, 4), (0, 2, -2))
+    elif target is aten.unsqueeze.default:
+        yield from ((dim,) for dim in (0, 1, -1, -2, 3, -5))
+    elif target in (aten.view.default, aten.reshape.default):
+        yield from (([batch if n is None else n for n in shape],) for shape in RESHAPED)
     else:
         yield ()
 
@@ -62,7 +76,7 @@ def _called(program: Program, target: Any, args: tuple[Any, ...]) -> tuple[Any, 
     mode = fake_mode(program)
     with mode:
         given = [mode.from_tensor(x) if isinstance(x, Tensor) and not _fake(x) else x for x in args]
-    said = SHAPES[target](*given)
+    said = RULES[target](*given)
     try:
         with torch.no_grad(), mode:
             return said, target(*given)
@@ -74,18 +88,19 @@ def _fake(x: Tensor) -> bool:
     return hasattr(x, "fake_mode")
 
 
-@pytest.mark.parametrize("target", SHAPES, ids=str)
+@pytest.mark.parametrize("target", RULES, ids=str)
 def test_a_rule_says_what_the_operator_says_or_nothing(program: Program, target: Any) -> None:
     spoken = 0
     for node in program.inputs():
-        for rest in _arguments(target):
+        for rest in _arguments(target, node.meta["val"].shape[0]):
             said, made = _called(program, target, (node.meta["val"], *rest))
             if said is None:
                 continue
             spoken += 1
             assert made is not None, f"{target} takes no {node.meta['val'].shape}, {rest}"
-            assert len(said) == made.ndim
-            assert all(same_size(a, b) for a, b in zip(said, made.shape, strict=True))
+            for asked, held in zip(said, (made.shape, made.stride()), strict=True):
+                assert all(map(same_size, asked, held))
+                assert len(asked) == made.ndim
             assert made.dtype == node.meta["val"].dtype
     assert spoken >= 3
 
