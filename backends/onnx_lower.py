@@ -45,7 +45,7 @@ def lower(program: Program) -> ir.Model:
     """
     fork = program.fork()
     _prepare(fork.module.graph)
-    fork.module.recompile()
+    fork.compile()
     with _quiet(), torch.no_grad():
         exported = _trace(fork)
         made = _translate(exported, fork)

@@ -89,7 +89,7 @@ class Padding:
     """The [B, 1, 1, N] condition to attend of all attention calls over an axis, or none.
 
     `refusal` says why the calls' masks cannot be told from a padding mask; `blind` that padding
-    attends to nothing as well, which a merged form does not keep.
+    attends to nothing as well.
     """
 
     mask: Node | None = None
@@ -155,10 +155,7 @@ def _is_vector(axis: TokenAxis, mask: Node) -> bool:
 
 
 def _is_twin(axis: TokenAxis, part: Node, seen: tuple[Node, ...]) -> bool:
-    """Tell whether a condition hides, of the queries, just those that another hides of the keys.
-
-    What a hidden query attends to is of no account: it is padding.
-    """
+    """Tell whether a condition hides, of the queries, just those that another hides of the keys."""
     if set(axis.tokens.on(part)) != {len(shape(part)) - 2}:
         return False
     others = (other for other in seen if other is not part and _is_vector(axis, other))

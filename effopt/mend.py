@@ -132,6 +132,21 @@ class _Walk:
         args, kwargs = with_mask(node, qkv, self._bias(node, mask_of(node), epoch))
         self.edit.update(node, *args, **kwargs)
         self.state.put(node, epoch, node)
+        queries = qkv_of(node)[0]
+        if self.padding.blind and len(shape(queries)) - 2 in self.axis.tokens.on(queries):
+            self._blind(node, epoch)
+
+    def _blind(self, node: Node, epoch: int) -> None:
+        """Let padding attend to nothing, as it did before sizes hid it from the keys alone."""
+        size = self.state.sizes[epoch]
+        if size is None:
+            return
+        with self.edit.after(node):
+            real = self.edit.call(aten.gt.Scalar, size, 0)
+            wide = self.edit.call(aten.unsqueeze.default, real, 1)
+            wide = self.edit.call(aten.unsqueeze.default, wide, 3)
+            as_number = self.edit.call(aten.to.dtype, wide, value(node).dtype)
+            self.state.put(node, epoch, self.edit.call(aten.mul.Tensor, node, as_number))
 
     def _bias(self, node: Node, mask: Node | None, epoch: int) -> Node | None:
         """Return log size of the keys plus the model's own bias; sizes include its padding mask."""
@@ -179,9 +194,6 @@ class _Walk:
         x = self.lift(source, node, epoch)
         size = self.state.sizes[epoch]
         plain = node.target in EXTREMES or not covers(spot, self.axis)
-        if node.target in EXTREMES and self.padding.blind and size is not None:
-            reason = "an extreme over the tokens reads padding, which attends to nothing"
-            raise PreconditionError(where(node), reason, LEAVE_OUT)
         if not plain and size is None and node.target is aten.sum.dim_IntList:
             self._restore(node)  # a sum over the tokens that are left would be another sum
             return

@@ -139,6 +139,7 @@ class Pipeline:
                 progress(step.run.name)
             program, record = _run_step(step, program, forks)
             records.append(record)
+        program.compile()
         return program, tuple(records)
 
 

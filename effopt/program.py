@@ -123,7 +123,7 @@ class Program:
     def fork(self) -> "Program":
         """Copy the graph, share the weights: a pass works on a fork, kept if it is right.
 
-        A fork is compiled when it runs: most are rewritten again before that.
+        A fork is compiled when it runs, or by `compile`: most are rewritten again before that.
         """
         graph = torch.fx.Graph()
         result = graph.graph_copy(self.module.graph, seen := dict[Node, Node]())
@@ -133,6 +133,10 @@ class Program:
         last = next(reversed(graph.nodes))
         last.meta = copy.copy(next(reversed(self.module.graph.nodes)).meta)
         return replace(self, module=LazyGraphModule(self.module, graph), _known={})
+
+    def compile(self) -> None:
+        """Write the graph as the code of `module`, for tools that read its signature."""
+        LazyGraphModule.force_recompile(self.module)
 
     def nodes(self) -> Iterator[Node]:
         """Iterate over the nodes in execution order."""

@@ -379,3 +379,13 @@ def test_queries_that_see_nothing_get_the_same_answer_from_the_engine(tmp_path: 
     want = optimized(x(), left).numpy()
     got = engine(x().numpy(), left.numpy())[0]
     assert abs(got - want).max() <= 1e-4 * abs(want).max()
+
+
+def test_padding_that_attends_to_nothing_still_does_after_merging() -> None:
+    def run(net: Model, y: Tensor, mask: Tensor) -> Tensor:
+        real = mask.bool()
+        for block in net.blocks:
+            y = block(y, real[:, None, :, None] & real[:, None, None, :])
+        return y + y.roll(1, 1)  # the first token reads the last one, which is padding
+
+    assert judged(run, (x(), padding()), "merge-tokens{r=2}") == ""

@@ -39,7 +39,8 @@ RULES: tuple[Rule, ...] = (
     (lambda s: s.source != "vision" and s.out in NEEDS_GRID, {"out": "tokens"}),
     (lambda s: s.tower != "none" and s.out in NEEDS_GRID, {"out": "hidden"}),
     (lambda s: s.source != "text" and s.tower == "none" and s.out in NEEDS_IDS, {"out": "cls"}),
-    # Windows and smaller grids: the grid alone, no table of places.
+    # Windows and smaller grids: the grid alone, no table of places, no id of each token.
+    (lambda s: s.stage != "none" and s.out in NEEDS_IDS, {"out": "cls"}),
     (lambda s: s.depth < 2 or s.tower != "none" or s.takes_mask, {"stage": "none"}),
     (lambda s: s.stage != "none" or s.window != "none", {"front": 0, "back": 0}),
     (lambda s: s.stage != "none" and s.window == "others", {"window": "first"}),
@@ -65,6 +66,10 @@ RULES: tuple[Rule, ...] = (
     (lambda s: s.call != "sdpa" and s.mask == "causal", {"mask": "tril"}),
     # A row that attends to nothing has no answer but where the mask is boolean in the model itself.
     (lambda s: s.call != "sdpa" and s.mask == "outer", {"call": "sdpa"}),
+    # Values grow from block to block without a norm, by products as a power of a power.
+    (lambda s: s.norm == "none" and s.mlp in ("swiglu", "gated", "conformer"), {"mlp": "gelu"}),
+    (lambda s: s.norm == "none" and s.tower not in ("none", "joined"), {"norm": "layer"}),
+    (lambda s: s.norm == "none" and s.depth > 2, {"depth": 2}),
     # What fixes the length.
     (lambda s: s.source != "text" or s.mask.startswith("relative"), {"free_length": False}),
     (lambda s: s.free_length and s.position == "rotary_ids", {"position": "rotary"}),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.tokens import Range
+from effopt.attention import mask_of
+from effopt.tokens import Kind, Range
 from tests.oracle.case import Case, Inputs
 from tests.oracle.compare import (
     CLOSE,
@@ -19,7 +20,7 @@ from tests.oracle.compare import (
     row_of,
     sizes,
 )
-from tests.oracle.decisions import Step, UnknownDecision, alike, steps
+from tests.oracle.decisions import Step, UnknownDecision, alike, choosers, chosen, steps
 from tests.oracle.emulate import Emulator, ForcedError, NotEmulated, emulated
 from tests.oracle.interpreter import Recorder, outputs_of, record
 from tests.oracle.invariants import duplicates, padding, permutation
@@ -72,16 +73,25 @@ def identity(case: Case) -> Faults:
 
 
 def batch_independence(case: Case) -> Faults:
-    """A sample alone gives its row."""
+    """A sample alone gives its row: the same scores, and with the same choices the same outputs.
+
+    Choices are compared by their scores, since rounding settles a tie one way or the other.
+    """
     if "batch" not in case.original.ranges or mixes_samples(case):
         return []
     inputs = case.draw(3, None)
-    together = case.reduced.run(inputs)
+    together = record(case.reduced, inputs)
     found = []
     for row in range(3):
-        alone = case.reduced.run(one_row(case, inputs, row))
-        want = [row_of(case, out, n, row) for n, out in enumerate(together)]
-        found += [f"row {row}: {fault}" for fault in differ(alone, want, CLOSE)]
+        same = {node.name: chosen(node, together, row, 3) for node in choosers(case.reduced)}
+        changes = {name: lambda _, value=value: value for name, value in same.items()}
+        alone = record(case.reduced, one_row(case, inputs, row), changes)
+        scores = [node.args[0] for node in choosers(case.reduced)]
+        for score in scores:
+            pair = alone.values[score.name], chosen(score, together, row, 3)
+            found += [f"row {row}: score {fault}" for fault in differ([pair[0]], [pair[1]], CLOSE)]
+        want = [row_of(case, out, n, row) for n, out in enumerate(outputs_of(together))]
+        found += [f"row {row}: {fault}" for fault in differ(outputs_of(alone), want, CLOSE)]
     return found
 
 
@@ -111,7 +121,7 @@ def _emulated_row(case: Case, inputs: Inputs, row: int, run: Recorder) -> Faults
         emulator, want = emulated(case, run, made, inputs, row, valid)
     except ForcedError:
         return found
-    counted = _counted(made, emulator, valid)
+    counted = _counted(made, emulator, valid) & _real(case, inputs, row, len(made[0].moved))
     for place, (got, expected) in enumerate(zip(outputs_of(run), want, strict=True)):
         mine = row_of(case, got, place, row)
         if expected.shape != mine.shape:  # all samples were emulated, with the choices of this one
@@ -145,6 +155,25 @@ def _counted(made: list[Step], emulator: Emulator, valid: Tensor | None) -> Tens
     if made[0].kind == "prune" and not emulator.thawed:
         counted = counted & (emulator.epochs[-1].moved >= 0)
     return counted
+
+
+def _real(case: Case, inputs: Inputs, row: int, count: int) -> Tensor:
+    """Return the tokens that some query of the normal form attends to: the others are padding."""
+    values = record(case.normal, inputs).values
+    real = torch.ones(count, dtype=torch.bool)
+    for node, effect in case.axis.effects.items():
+        mask = mask_of(node) if effect.kind is Kind.ATTEND else None
+        if mask is None or values[mask.name].shape[-1] not in (1, count):
+            continue
+        found = values[mask.name]
+        own = found[min(row, len(found) - 1)] if found.ndim == 4 else found
+        seen = own if own.dtype == torch.bool else own > HIDDEN
+        real &= seen.expand(*own.shape[:-1], count).reshape(-1, count).any(0)
+    return real
+
+
+HIDDEN = -1e3
+"""A bias below this hides a token."""
 
 
 CHECKS: dict[str, Callable[[Case], Faults]] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from effopt.kernel import kernel
+from effopt.program import Program
 from tests.oracle.case import Case
 from tests.oracle.interpreter import Change, Inputs, Recorder
 
@@ -113,6 +114,22 @@ def alike(case: Case, inputs: Inputs) -> dict[str, Change]:
         return score[::rows].repeat_interleave(rows, 0)
 
     return {one.node.args[0].name: first for one in decisions(case)}  # type: ignore[union-attr]
+
+
+def choosers(program: Program) -> list[Node]:
+    """Return all nodes that choose tokens, those of earlier passes too."""
+    return [node for node in program.nodes() if node.target in (MATCH, SELECT)]
+
+
+def chosen(node: Node, run: Recorder, row: int, batch: int) -> Any:
+    """Return what a node chose for one sample."""
+
+    def own(value: Tensor) -> Tensor:
+        count = len(value) // batch
+        return value[row * count : (row + 1) * count]
+
+    value = run.values[node.name]
+    return tuple(map(own, value)) if isinstance(value, (tuple, list)) else own(value)
 
 
 def row_at(case: Case, run: Recorder, row: int, found: Decision) -> int:

@@ -20,7 +20,16 @@ from effopt.attention import SDPA
 from effopt.program import is_tensor
 from effopt.tokens import Range
 from tests.oracle.case import Case
-from tests.oracle.decisions import GATHER, SCATTER, THROUGH, Step, base
+from tests.oracle.decisions import (
+    GATHER,
+    MATCH,
+    SCATTER,
+    SELECT,
+    THROUGH,
+    Step,
+    base,
+    chosen,
+)
 from tests.oracle.interpreter import Inputs, Recorder
 
 aten = torch.ops.aten
@@ -62,6 +71,7 @@ class Emulator(Interpreter):
         self.case, self.steps, self.row = case, steps, row
         self.on = case.axis.tokens.on
         self.run_of_reduced = run
+        self.batch = len(run.values[case.reduced.inputs()[0].name])
         self.twins = {node.name: node for node in case.reduced.nodes()}
         self.sites = {site.node.name: site for site in case.axis.sites}
         self.at_site = {step.site: place for place, step in enumerate(steps, start=1)}
@@ -82,6 +92,8 @@ class Emulator(Interpreter):
         epoch = self._reads_at(n)
         self._now = n, epoch
         value = super().run_node(n)
+        if n.target in (MATCH, SELECT):
+            value = self._chosen_before(n, value)
         self._run_apart(n, epoch)
         if n.op != "output":
             self.epoch[n] = self._yields_at(n, value, epoch)
@@ -104,6 +116,12 @@ class Emulator(Interpreter):
             return self._lift(arg, value, epoch, n) if self.epoch.get(arg, 0) < epoch else value
 
         return torch.fx.node.map_arg((n.args, n.kwargs), fetch)
+
+    def _chosen_before(self, n: Node, value: Any) -> Any:
+        """Return what an earlier pass chose here in the reduced run: copies tie in its scores."""
+        seen = chosen(n, self.run_of_reduced, self.row, self.batch)
+        both = zip(*map(pytree.tree_leaves, (seen, value)), strict=True)
+        return seen if all(a.shape == b.shape for a, b in both) else value
 
     def _run_apart(self, n: Node, epoch: int) -> None:
         carried = [arg for arg in n.all_input_nodes if self.on(arg)]
@@ -305,10 +323,17 @@ def _epochs(steps: list[Step], valid: Tensor | None, proportional: bool) -> list
         alone[_spokesmen(moved, places, valid)] = True
         if step.kind == "merge":
             keys = every if proportional else alone
-            found.append(Epoch(moved, places, keys if valid is None else keys & valid, every))
+            keys, pool = (keys, every) if valid is None else (keys & valid, _weighed(moved, valid))
+            found.append(Epoch(moved, places, keys, pool))
         else:
             found.append(Epoch(moved, places, alone, alone))
     return found
+
+
+def _weighed(moved: Tensor, valid: Tensor) -> Tensor:
+    """Tell which tokens pooling counts: not the padding that merged into real ones, of size 0."""
+    real = torch.zeros(len(moved), dtype=torch.bool).index_fill(0, moved[valid], True)
+    return valid | ~real[moved]
 
 
 def _spokesmen(moved: Tensor, places: Tensor, valid: Tensor | None) -> Tensor:
