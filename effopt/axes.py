@@ -91,6 +91,11 @@ def same_size(left: Size, right: Size) -> bool:
     return bool(statically_known_true(left == right))
 
 
+def same_sizes(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    """Tell whether ranks and sizes are equal for every input, without adding a guard."""
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
 def leaves(dim: Sequence[Axis]) -> Dim:
     """Replace bound axes by what they are made of."""
     found: list[Axis] = []
@@ -216,12 +221,14 @@ class AxisMap:
 
     `dims` maps a node to its Dims (a tuple of Dims where it yields several tensors);
     `unknown` maps a node to the reason why its dims are fresh guesses of nothing; `mixed` holds
-    those of them where tokens from before and after a reduction meet.
+    those of them where tokens from before and after a reduction meet. `anew` holds, by reader and
+    constant, the dims that a reader found when another had claimed the constant's own.
     """
 
     dims: dict[Node, Any] = field(default_factory=dict)
     unknown: dict[Node, str] = field(default_factory=dict)
     mixed: dict[Node, str] = field(default_factory=dict)
+    anew: dict[tuple[Node, Node], Dims] = field(default_factory=dict)
 
     def of(self, node: Node) -> Dims:
         """Return the dims of a node that yields one tensor, with bound axes resolved."""
@@ -237,13 +244,17 @@ class Propagation(AxisMap):
     """
 
     constant: set[Node] = field(default_factory=set)
+    reader: Node | None = None
 
     def of(self, node: Node) -> Dims:
         """Return dims for a rule: those of a constant that data has claimed are made anew."""
         dims = super().of(node)
         if node not in self.constant:
             return dims
-        return tuple(tuple(map(_unclaimed, dim)) for dim in dims)
+        read = tuple(tuple(map(_unclaimed, dim)) for dim in dims)
+        if read != dims and self.reader is not None:
+            self.anew[self.reader, node] = read
+        return read
 
     def put(self, node: Node, dims: Any, constant: bool) -> None:
         """Note what a rule found."""
@@ -269,7 +280,7 @@ def find_axes(program: Program) -> AxisMap:
     found = Propagation()
     for node in program.nodes():
         propagate(found, node)
-    return AxisMap(found.dims, found.unknown, found.mixed)
+    return AxisMap(found.dims, found.unknown, found.mixed, found.anew)
 
 
 def fresh_dims(node: Node) -> Dims:

@@ -43,7 +43,8 @@ def argument(node: Node, name: str) -> Any:
     assert isinstance(node.target, OpOverload)
     for place, known in enumerate(node.target._schema.arguments):
         if known.name == name:
-            return node.args[place] if place < len(node.args) else known.default_value
+            by_place = place < len(node.args) and not known.kwarg_only
+            return node.args[place] if by_place else known.default_value
     return None
 
 

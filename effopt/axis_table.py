@@ -133,6 +133,7 @@ FAMILIES: dict[str, tuple[Rule, tuple[Any, ...]]] = {
         _all("sort argsort topk fft_fft fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft diff"),
     ),
     "roll": (rules.renewed(lambda node: named_dims(node, "dims")), _all("roll flip")),
+    "halve": (rules.renewed(named_dims), _all("glu")),
     "create": (
         rules.create,
         (
@@ -186,6 +187,7 @@ def propagate(found: Propagation, node: Node) -> None:
     if node.op in ("placeholder", "get_attr"):
         found.put(node, fresh_dims(node), constant=node.op == "get_attr")
         return
+    found.reader = node
     sources = (source for source in node.all_input_nodes if source in found.dims)
     constant = all(source in found.constant for source in sources)
     try:

@@ -23,19 +23,28 @@ def looks_back(program: Program, axis: TokenAxis) -> bool:
     prefer, not what is sound.
     """
     known: dict[Node, object] = {}
-    calls = [node for node, found in axis.effects.items() if found.kind is Kind.ATTEND]
-    own = [call for call in calls if all(_on_tokens(axis, arg) for arg in qkv_of(call)[:2])]
-    return bool(own) and all(_hides_later(program, call, known) for call in own)
+    own = own_calls(axis)
+    return bool(own) and all(hides_later(program, call, known) for call in own)
+
+
+def own_calls(axis: TokenAxis) -> list[Node]:
+    """Return the attention calls in which tokens of the axis ask tokens of the axis."""
+    calls = (node for node, found in axis.effects.items() if found.kind is Kind.ATTEND)
+    return [call for call in calls if all(_on_tokens(axis, arg) for arg in qkv_of(call)[:2])]
 
 
 def _on_tokens(axis: TokenAxis, arg: Node) -> bool:
     return arg.meta["val"].ndim - 2 in axis.tokens.on(arg)
 
 
-def _hides_later(program: Program, call: Node, known: dict[Node, object]) -> bool:
+def hides_later(program: Program, call: Node, known: dict[Node, object] | None = None) -> bool:
+    """Tell whether a call hides from each token those behind it, as far as the samples show.
+
+    `known` holds values computed on the samples for other calls, and takes those of this one.
+    """
     if is_causal(call):
         return True
-    parts = parts_of(mask_of(call))
+    known, parts = {} if known is None else known, parts_of(mask_of(call))
     values = (_value(program, part, known) for part in (*parts.seen, *parts.added))
     return any(isinstance(found, Tensor) and _is_triangle(found) for found in values)
 

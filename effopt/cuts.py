@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from effopt.attention import SDPA
-from effopt.axes import same_size
+from effopt.axes import same_sizes
 from effopt.axis_table import family
 from effopt.cost import macs_by_node
 from effopt.errors import PreconditionError
@@ -178,11 +178,7 @@ def _origin(node: Node, flow: _Flow) -> Node:
 def _last_alike(joins: list[Node]) -> Node:
     """Return the last sum of the shape of the first: a head behind the block has another."""
     sizes = shape(joins[0])
-    return [join for join in joins if _alike(sizes, shape(join))][-1]
-
-
-def _alike(left: tuple[object, ...], right: tuple[object, ...]) -> bool:
-    return len(left) == len(right) and all(map(same_size, left, right))
+    return [join for join in joins if same_sizes(sizes, shape(join))][-1]
 
 
 def _settled(ends: list[Node], sums: list[Node], flow: _Flow) -> list[Node]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from effopt.axes import same_size
+from effopt.axes import same_sizes
 from effopt.errors import VerificationError
 from effopt.infer import fake_mode, infer
 from effopt.program import Program, where
@@ -43,6 +43,22 @@ class Edit:
         with self.graph.inserting_before(node.next):
             yield
 
+    @contextmanager
+    def attempt(self, node: Node) -> Iterator[None]:
+        """Insert new nodes ahead of `node`; an error takes them back, and their count, and goes on.
+
+        What an attempt changes or replaces stays so: it does that last, where nothing can fail.
+        """
+        before, count = node.prev, self.count
+        try:
+            with self.before(node):
+                yield
+        except Exception:
+            while node.prev is not before:
+                self.graph.erase_node(node.prev)
+            self.count = count
+            raise
+
     def call(
         self, target: Target, *args: Argument, name: str | None = None, **kwargs: Argument
     ) -> Node:
@@ -50,6 +66,13 @@ class Edit:
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self._infer(node)
         return node
+
+    def copy(self, node: Node) -> Node:
+        """Make a second node that yields what `node` does."""
+        made = self.graph.node_copy(node, lambda source: source)
+        made.meta[MAKER] = self.by
+        self.count += 1
+        return made
 
     def item(self, node: Node, place: int, name: str | None = None) -> Node:
         """Take one result of a node that yields several."""
@@ -87,8 +110,8 @@ class Edit:
         """Let every reader of `old` read `new`, of the same shape and dtype, and drop `old`."""
         before, after = old.meta.get("val"), new.meta.get("val")
         if isinstance(before, Tensor) and isinstance(after, Tensor):
-            same = before.ndim == after.ndim and before.dtype == after.dtype
-            if not same or not all(map(same_size, before.shape, after.shape)):
+            same = before.dtype == after.dtype and same_sizes(before.shape, after.shape)
+            if not same:
                 reason = f"{new.name} does not have the shape and dtype of what it stands for"
                 raise VerificationError(f"{where(old)}: {reason}")
         for key in ("nn_module_stack", "stack_trace"):

@@ -134,6 +134,7 @@ EFFECTS: dict[str, EffectRule] = {
     ),
     "grid": _along("a convolution or pooling runs over the tokens", rules.pooled),
     "renewed": _along("the tokens are sorted, compared or transformed", named_dims),
+    "halve": _along("the tokens are halved", named_dims),
     "roll": _along("the tokens are shifted", lambda n: named_dims(n, "dims")),
     "size": rules.size,
     "create": Always("a new tensor is made with sizes of its own"),

@@ -10,7 +10,7 @@ from effopt.attention import SDPA, is_causal, mask_of, qkv_of
 from effopt.axes import find_axes, leaves, same_size
 from effopt.axis_rules import first
 from effopt.axis_table import family
-from effopt.causal import looks_back
+from effopt.causal import hides_later, looks_back, own_calls
 from effopt.cuts import content, find_cuts
 from effopt.errors import EffoptError
 from effopt.explain_records import (
@@ -130,7 +130,8 @@ def _call_row(program: Program, block: int, call: Node, axes: tuple[TokenAxis, .
     query, key = qkv_of(call)[:2]
     asks, asked = leaves(found.of(query)[-2]), leaves(found.of(key)[-2])
     sizes, asked_size = shape(query), shape(key)[-2]
-    causal = _hides_later(program, call, axes)
+    own = is_causal(call) or any(call in own_calls(axis) for axis in axes)
+    causal = own and hides_later(program, call)
     return CallRow(
         block=block,
         place=place(call),
@@ -144,14 +145,6 @@ def _call_row(program: Program, block: int, call: Node, axes: tuple[TokenAxis, .
         causal=causal,
         mask=_mask_words(program, call, causal),
     )
-
-
-def _hides_later(program: Program, call: Node, axes: tuple[TokenAxis, ...]) -> bool:
-    """Ask of one call what `looks_back` asks of all calls over an axis."""
-    views = (
-        replace(axis, effects={call: axis.effects[call]}) for axis in axes if call in axis.effects
-    )
-    return is_causal(call) or any(looks_back(program, view) for view in views)
 
 
 def _mask_words(program: Program, call: Node, causal: bool) -> str:

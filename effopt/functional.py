@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
-from effopt.axes import same_size
+from effopt.axes import same_sizes
 from effopt.edit import Edit
 from effopt.errors import CaptureError, VerificationError
 from effopt.program import Program, shape, value, where
@@ -158,8 +158,7 @@ class _Writes:
             node = self.edit.call(aten.to.dtype, node, value(like).dtype)
         if value(node).device != value(like).device:
             raise CaptureError(f"{where(node)} copies between devices", "use one device")
-        same = len(shape(node)) == len(shape(like))
-        if not same or not all(map(same_size, shape(node), shape(like))):
+        if not same_sizes(shape(node), shape(like)):
             node = self.edit.call(aten.expand_as.default, node, like)
         return node
 

@@ -17,8 +17,9 @@ from math import isclose
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
+
+from effopt.constants import number_in
 
 aten = torch.ops.aten
 Match = Mapping[str, Any]
@@ -92,28 +93,10 @@ def heads(pattern: Pattern) -> frozenset[Any]:
 
 def number(arg: object) -> float | None:
     """Return the number that an argument is: a literal, or a constant tensor of one element."""
-    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
-        return float(arg)
-    if not isinstance(arg, Node) or arg.op != "get_attr" or arg.meta["val"].numel() != 1:
-        return None
-    owner, _, leaf = str(arg.target).rpartition(".")
-    module = arg.graph.owning_module
-    held = getattr(module.get_submodule(owner), leaf) if module is not None else None
-    real = isinstance(held, Tensor) and held.dtype not in (torch.bool, *_COMPLEX)
-    return float(held.item()) if isinstance(held, Tensor) and real else None
-
-
-_COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
-
-
-def given(node: Node, name: str) -> Any:
-    """Return an argument of a node by its name in the schema, or its default."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    for place, argument in enumerate(schema.arguments):
-        if argument.name == name:
-            here = not argument.kwarg_only and place < len(node.args)
-            return node.args[place] if here else node.kwargs.get(name, argument.default_value)
-    return None
+    if isinstance(arg, Node):
+        known = arg.op == "get_attr" and arg.meta["val"].numel() == 1
+        return number_in(arg) if known and arg.meta["val"].dtype != torch.bool else None
+    return None if isinstance(arg, bool) else number_in(arg)
 
 
 def _match(pattern: Pattern, arg: object, known: Match) -> Iterator[Match]:

@@ -8,7 +8,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from effopt.axes import same_size
+from effopt.axes import same_sizes
 from effopt.edit import Edit
 from effopt.errors import CaptureError
 from effopt.program import is_tensor, shape, value, where
@@ -113,8 +113,7 @@ def _reshape(edit: Edit, view: Node, outer: Node, inner: Node) -> Node | None:
 
 
 def _as_it_is(edit: Edit, view: Node, outer: Node, inner: Node) -> Node | None:
-    same = len(shape(outer)) == len(shape(inner))
-    return inner if same and all(map(same_size, shape(outer), shape(inner))) else None
+    return inner if same_sizes(shape(outer), shape(inner)) else None
 
 
 def _part(edit: Edit, view: Node, outer: Node, inner: Node) -> Node | None:

@@ -9,6 +9,7 @@ TABLE = {
     "unify-layers": "effopt.passes.unify_layers:UnifyLayers",
     "unify-attention": "effopt.passes.unify_attention:UnifyAttention",
     "simplify-masks": "effopt.passes.simplify_masks:SimplifyMasks",
+    "split-constants": "effopt.passes.split_constants:SplitConstants",
     "merge-tokens": "effopt.passes.merge_tokens:MergeTokens",
     "prune-tokens": "effopt.passes.prune_tokens:PruneTokens",
 }

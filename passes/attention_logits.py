@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effopt.axes import same_size
-from effopt.constants import LOW, constant_value
+from effopt.axes import same_size, same_sizes
+from effopt.constants import LOW, number_in
 from effopt.passes.attention_products import Product, product_of
 from effopt.program import is_tensor, shape, value
 
@@ -99,26 +99,6 @@ def fact_of(node: Node, facts: Facts) -> Fact | None:
     return lost if node.target in RULES else None
 
 
-def number_of(arg: object) -> float | None:
-    """Read a number, or a constant tensor all of whose elements are one number."""
-    if isinstance(arg, (int, float)):
-        return float(arg)
-    if not isinstance(arg, Node) or not is_tensor(arg):
-        return None
-    if arg.target in (aten.full.default, aten.scalar_tensor.default):
-        given = arg.args[-1 if arg.target is aten.full.default else 0]
-        return float(given) if isinstance(given, (int, float)) else None
-    held = constant_value(arg) if arg.op == "get_attr" else None
-    if held is None or not 0 < held.numel() <= _MANY:
-        return None
-    number = held.flatten()[0]
-    return float(number) if bool((held == number).all()) else None
-
-
-_MANY = 1 << 16
-"""Elements that a constant may have that is looked through."""
-
-
 def _started(node: Node, product: Product) -> Logits | None:
     """Begin a way at a product whose result is [..., n, m] as it stands."""
     if product.order != tuple(range(len(product.order))):
@@ -135,7 +115,7 @@ def _scaled(node: Node) -> tuple[Node, float] | None:
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs:
         return None
     inner, by = node.args
-    factor = number_of(by)
+    factor = number_in(by)
     if not isinstance(inner, Node) or not factor or not _same(inner, node):
         return None
     return inner, factor if node.target is aten.mul.Tensor else 1 / factor
@@ -143,10 +123,7 @@ def _scaled(node: Node) -> tuple[Node, float] | None:
 
 def _same(one: Node, other: Node) -> bool:
     """Tell whether two values have the same shape and dtype."""
-    a, b = shape(one), shape(other)
-    if value(one).dtype != value(other).dtype or len(a) != len(b):
-        return False
-    return all(map(same_size, a, b))
+    return value(one).dtype == value(other).dtype and same_sizes(shape(one), shape(other))
 
 
 def _softmax(node: Node, facts: Facts) -> Weights | None:
@@ -165,7 +142,7 @@ def _scale(node: Node, facts: Facts) -> Fact | None:
     if node.target is aten.mul.Tensor and arguments[0] not in facts:
         arguments.reverse()
     x, by = arguments
-    factor = number_of(by)
+    factor = number_in(by)
     fact = facts.get(x) if isinstance(x, Node) else None
     if not isinstance(fact, Logits) or not _same(fact.path[-1], node):
         return None
@@ -239,7 +216,7 @@ def _fill(node: Node, facts: Facts) -> Fact | None:
         seen = x in facts
         if not seen:
             x, low = low, x
-    fact, number = facts.get(x) if isinstance(x, Node) else None, number_of(low)
+    fact, number = facts.get(x) if isinstance(x, Node) else None, number_in(low)
     if not isinstance(fact, Logits) or not isinstance(condition, Node) or number is None:
         return None
     if number > LOW or not _same(fact.path[-1], node) or value(condition).dtype != torch.bool:
@@ -252,7 +229,7 @@ def _zeroed(node: Node, fact: Weights) -> Fact | None:
     """Weights that are zero since their logits were low, set to zero once more."""
     hidden = fact.logits.hidden if isinstance(fact.logits, Logits) else ()
     known = {one.node for one in hidden if not one.seen}
-    same = node.args[1] in known and number_of(node.args[2]) == 0
+    same = node.args[1] in known and number_in(node.args[2]) == 0
     return replace(fact, path=(*fact.path, node)) if same else None
 
 
@@ -261,7 +238,7 @@ def _clamp(node: Node, facts: Facts) -> Fact | None:
     fact = facts.get(node.args[0])  # type: ignore[arg-type]
     low, high = [*node.args[1:3], None, None][:2]
     low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-    number = number_of(low)
+    number = number_in(low)
     if not isinstance(fact, Logits) or number is None or not _same(fact.path[-1], node):
         return None
     if high is not None or number > torch.finfo(value(node).dtype).min:
@@ -287,7 +264,7 @@ def _view(node: Node, facts: Facts) -> Fact | None:
     if not isinstance(fact, (Logits, Weights)):
         return None
     before, after = shape(fact.path[-1]), shape(node)
-    if len(after) < 3 or not all(map(same_size, before[-2:], after[-2:])):
+    if len(after) < 3 or not same_sizes(before[-2:], after[-2:]):
         return None
     return replace(fact, path=(*fact.path, node))
 

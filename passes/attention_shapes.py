@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effopt.axes import AxisMap, Size, same_size
+from effopt.axes import AxisMap, Size, same_size, same_sizes
 from effopt.edit import Edit
 from effopt.passes.attention_logits import Bias, Hidden, Logits
 from effopt.passes.attention_products import Operand
@@ -76,7 +76,7 @@ def four(edit: Edit, operand: Operand, lead: Lead) -> Node:
 def _splits(inner: Node, outer: Node, lead: Lead) -> bool:
     """Tell whether a view joined [batch, head, x, y] to [batch · head, x, y]."""
     before, after = shape(inner), shape(outer)
-    return len(before) == 4 and all(map(same_size, before, (*lead, *after[1:])))
+    return same_sizes(before, (*lead, *after[1:]))
 
 
 def _unturned(node: Node, order: tuple[int, ...]) -> tuple[Node, tuple[int, ...]]:
@@ -144,7 +144,7 @@ def around(operands: Sequence[Operand], path: Sequence[Node], out: Node) -> list
 
 def _keeps_tail(four_: Node, three: Node) -> bool:
     sizes = shape(four_)
-    return len(sizes) == 4 and all(map(same_size, sizes[2:], shape(three)[-2:]))
+    return len(sizes) == 4 and same_sizes(sizes[2:], shape(three)[-2:])
 
 
 def _size(edit: Edit, node: Node, place: int) -> int | Node:

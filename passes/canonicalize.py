@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from effopt.axes import same_size
+from effopt.axes import same_sizes
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.infer import depends_on_data
@@ -90,8 +90,7 @@ def _join_views(edit: Edit, node: Node) -> None:
 
 def same_shape(left: Node, right: Node) -> bool:
     """Tell whether two tensors have one shape for every input."""
-    a, b = shape(left), shape(right)
-    return len(a) == len(b) and all(map(same_size, a, b))
+    return same_sizes(shape(left), shape(right))
 
 
 def _unchanged(node: Node) -> Node | None:

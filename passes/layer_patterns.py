@@ -15,10 +15,10 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from effopt.axes import same_size
-from effopt.axis_rules import dims_arg
+from effopt.axes import same_size, same_sizes
+from effopt.axis_rules import argument, dims_arg
 from effopt.edit import Edit
-from effopt.match import Call, Capture, Either, Match, Pattern, given, product, total
+from effopt.match import Call, Capture, Either, Match, Pattern, product, total
 from effopt.passes.layer_views import mean
 from effopt.program import is_tensor, shape, value
 
@@ -40,28 +40,28 @@ class Layer:
 def _over_last(node: Node) -> bool:
     """Tell whether a reduction keeps all but the last dimension, and that as size 1."""
     last = dims_arg(node, 1) == (len(shape(node.args[0])) - 1,)  # type: ignore[arg-type]
-    return last and given(node, "keepdim") is True and given(node, "dtype") is None
+    return last and argument(node, "keepdim") is True and argument(node, "dtype") is None
 
 
 def _biased(node: Node) -> bool:
     """Tell whether a variance over the last dimension divides by n, not by n - 1."""
-    unbiased, correction = given(node, "unbiased"), given(node, "correction")
+    unbiased, correction = argument(node, "unbiased"), argument(node, "correction")
     return _over_last(node) and (unbiased is False or (unbiased is None and correction == 0))
 
 
 def _over_one(node: Node) -> bool:
-    return len(dims_arg(node, 1)) == 1 and given(node, "dtype") is None
+    return len(dims_arg(node, 1)) == 1 and argument(node, "dtype") is None
 
 
 def _bare(node: Node) -> bool:
     """Tell whether a norm has no bias, and no reader but the one that may add it."""
     return len(node.users) == 1 and (
-        node.target is aten.rms_norm.default or given(node, "bias") is None
+        node.target is aten.rms_norm.default or argument(node, "bias") is None
     )
 
 
 def _bare_of_both(node: Node) -> bool:
-    return _bare(node) and given(node, "weight") is None
+    return _bare(node) and argument(node, "weight") is None
 
 
 # --- builders ---------------------------------------------------------------------------------
@@ -71,9 +71,7 @@ def _like(node: Node, x: Node) -> bool:
     """Tell whether a layer yields floats of the shape and dtype of its argument."""
     if not is_tensor(x) or not value(x).dtype.is_floating_point:
         return False
-    a, b = shape(node), shape(x)
-    same = len(a) == len(b) and all(map(same_size, a, b))
-    return same and value(node).dtype == value(x).dtype
+    return same_sizes(shape(node), shape(x)) and bool(value(node).dtype == value(x).dtype)
 
 
 def _precise(x: Node) -> bool:
@@ -121,11 +119,13 @@ def _join_norm(name: str) -> Build:
 
     def build(edit: Edit, node: Node, found: Match) -> Node | None:
         norm, term = found["norm"], found["term"]
-        x, sizes = norm.args[0], given(norm, "normalized_shape")
+        x, sizes = norm.args[0], argument(norm, "normalized_shape")
         if len(sizes) != 1 or not _like(node, x) or not _is_channel(x, term):
             return None
-        names = [argument.name for argument in norm.target._schema.arguments[2:]]
-        rest = [term if key == name else given(norm, key) for key in names if key != "cudnn_enable"]
+        names = [known.name for known in norm.target._schema.arguments[2:]]
+        rest = [
+            term if key == name else argument(norm, key) for key in names if key != "cudnn_enable"
+        ]
         return _call(edit, norm.target, x, sizes, *rest)
 
     return build
@@ -143,7 +143,7 @@ def _mean(edit: Edit, node: Node, found: Match) -> Node | None:
         right = scale == 1 and isinstance(value(count), SymInt) and same_size(value(count), size)
     if not right or not _precise(x) or not _like(node, summed):
         return None
-    return mean(edit, x, [place], keep=given(summed, "keepdim"))
+    return mean(edit, x, [place], keep=argument(summed, "keepdim"))
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effopt.axes import same_size
-from effopt.axis_rules import dim_arg, dims_arg, first
+from effopt.axes import same_size, same_sizes
+from effopt.axis_rules import argument, dim_arg, dims_arg, first
 from effopt.edit import Edit
-from effopt.match import given, number
+from effopt.match import number
 from effopt.program import is_tensor, shape, value
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def _narrow(edit: Edit, node: Node) -> Node | None:
 
 def _pooled(edit: Edit, node: Node) -> Node | None:
     """Read an adaptive average pooling to one place as a mean."""
-    sizes, rank = given(node, "output_size"), len(shape(node))
+    sizes, rank = argument(node, "output_size"), len(shape(node))
     if any(size != 1 for size in sizes):
         return None
     return mean(edit, first(node), [*range(rank - len(sizes), rank)], keep=True)
@@ -72,25 +72,24 @@ def _dropped(edit: Edit, node: Node) -> Node | None:
 def _drops(node: Node, inner: Node, dims: tuple[int, ...]) -> bool:
     """Tell whether a node drops these dimensions of size 1 of `inner`, and does nothing else."""
     if node.target is aten.select.int:
-        return dims == (dim_arg(node, 1),) and given(node, "index") in (0, -1)
+        return dims == (dim_arg(node, 1),) and argument(node, "index") in (0, -1)
     sizes = shape(inner)
     left = [size for place, size in enumerate(sizes) if place not in dims]
     ones = all(same_size(sizes[place], 1) for place in dims)
-    new = shape(node)
-    return ones and len(left) == len(new) and all(map(same_size, left, new))
+    return ones and same_sizes(left, shape(node))
 
 
 def _sliced(node: Node) -> tuple[int, ...] | None:
     """Return the dimension of a slice that starts at a place that exists, never clamped."""
     start, size = _start(node), shape(first(node))[dim_arg(node, 1)]
-    if given(node, "step") != 1 or not isinstance(start, int):
+    if argument(node, "step") != 1 or not isinstance(start, int):
         return None
     exists = start >= -1 or (isinstance(size, int) and start >= -size)
     return (dim_arg(node, 1),) if exists else None
 
 
 def _start(node: Node) -> Any:
-    start = given(node, "start")
+    start = argument(node, "start")
     return 0 if start is None else start
 
 
@@ -116,7 +115,7 @@ def _is_mask(index: Node) -> bool:
 
 
 def _meant(node: Node) -> tuple[int, ...] | None:
-    plain = given(node, "keepdim") is True and given(node, "dtype") is None
+    plain = argument(node, "keepdim") is True and argument(node, "dtype") is None
     return dims_arg(node, 1) if plain else None
 
 
@@ -138,7 +137,7 @@ def _mean_dropped(edit: Edit, inner: Node) -> Node:
 def _unswapped_mean(edit: Edit, node: Node) -> Node | None:
     """mean(x.transpose(1, 2), -1) of a [B, N, C] is mean(x, 1)."""
     x, dims = first(node), dims_arg(node, 1)
-    if given(node, "keepdim") or given(node, "dtype") or _unswapped(x, dims) is None:
+    if argument(node, "keepdim") or argument(node, "dtype") or _unswapped(x, dims) is None:
         return None
     return mean(edit, x, dims, keep=False)
 

@@ -21,7 +21,7 @@ class Recipe:
 
 NORMAL_FORM = (
     "canonicalize,fold-constants,unify-layers,unify-attention,simplify-masks,"
-    "canonicalize,fold-constants"
+    "canonicalize,fold-constants,split-constants"
 )
 """Exact passes that every pipeline begins with; the lossy ones read their form."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from effopt.attention import SDPA, mask_of, qkv_of, with_mask
-from effopt.axes import same_size
+from effopt.axes import same_size, same_sizes
 from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.masks import AND, CHOICES
@@ -162,7 +162,7 @@ def _spread(edit: Edit, small: Node, true: Node, like: Node) -> Node:
     """Expand `small` to what broadcasting it against `true` gives, the shape of `like`."""
     own, wanted = shape(small), shape(like)
     padded = (*([1] * (len(wanted) - len(own))), *own)
-    if len(own) == len(wanted) and all(map(same_size, own, wanted)):
+    if same_sizes(own, wanted):
         return small
     with edit.before(like):
         sizes = [

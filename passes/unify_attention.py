@@ -121,16 +121,13 @@ class Walk:
             self.left[node] = lost or f"its weights are read by {readers}, not by a product"
 
     def _attempt(self, node: Node, call: Node, rewrite: Callable[[], None]) -> bool:
-        """Try a rewrite; take back what one that does not fit has made, and note why."""
-        before, count = node.prev, self.edit.count
+        """Try a rewrite, and note why one does not fit."""
+        before = node.prev
         try:
-            with self.edit.before(node):
+            with self.edit.attempt(node):
                 rewrite()
         except (UnfitError, VerificationError) as refusal:
             self.left[call] = str(refusal)
-            while node.prev is not before:
-                self.edit.graph.erase_node(node.prev)
-            self.edit.count = count
             return False
         made = before.next
         while made.op == "call_function" and made.meta.get(MAKER) == self.edit.by:

@@ -4,6 +4,7 @@ Each has `blocks()` for the eager oracle. Weights are random, gains are not 1 no
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,24 @@ class ParallelBlock(ScaledBlock):
             mlp=lambda x: x,
             heads=self.attn.heads,
         )
+
+
+class ConformerBlock(ScaledBlock):
+    """The convolution module of a Conformer for an MLP: a gate, then each channel over time."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GLU())
+        self.deep = nn.Conv1d(WIDTH, WIDTH, kernel, padding=kernel // 2, groups=WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.convolved(x + self.gain1 * self.attn(self.norm1(x), mask))
+
+    def convolved(self, x: Tensor) -> Tensor:
+        return x + self.gain2 * turned(self.deep(turned(self.mlp(self.norm2(x)))))
+
+    def block(self) -> Block:
+        return replace(super().block(), mlp=self.convolved)
 
 
 class PlacedBlock(ScaledBlock):

@@ -12,11 +12,22 @@ from torch.fx import Node
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
-from effopt.axes import Axis, AxisError, AxisMap, Dims, find_axes, leaves, size_of, unify
+from effopt.axes import (
+    Axis,
+    AxisError,
+    AxisMap,
+    Dims,
+    find_axes,
+    leaves,
+    same_sizes,
+    size_of,
+    unify,
+)
 from effopt.axes import show as shown
+from effopt.axis_rules import argument
 from effopt.axis_views import regroup
 from effopt.capture import capture
-from effopt.program import Program
+from effopt.program import Program, shape
 
 
 class Wrapped(nn.Module):
@@ -116,6 +127,15 @@ def test_regrouping_there_and_back_gives_the_same_dims(sizes: list[int], data: A
     assert regroup(joined, sizes, "cut") == before
 
 
+def test_sizes_are_the_same_if_they_are_for_every_batch() -> None:
+    program = capture(Wrapped(lambda x: x + 1), torch.randn(3, 4), dynamic=("batch",))
+    (x,) = program.inputs()
+    assert same_sizes(shape(x), shape(x))
+    assert not same_sizes(shape(x), (3, 4))
+    assert not same_sizes((3, 4), (3, 4, 1))
+    assert same_sizes((), ())
+
+
 CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], str]] = {
     "elementwise": (lambda x, y: x + y, [(4, 5, 6), (5, 6)], "x0 y0 y1"),
     "broadcast-of-one": (lambda x, y: x * y, [(4, 5, 6), (4, 5, 1)], "x0 x1 x2"),
@@ -203,6 +223,13 @@ def test_torch_cross_attention_is_understood() -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     _, axes = traced(lambda x, y: layer(x, y, y)[0], (3, 6, 8), (3, 5, 8))
     assert not axes.unknown, list(axes.unknown.values())
+
+
+def test_arguments_are_read_by_name() -> None:
+    program, _ = traced(lambda x: x.mean(-1, keepdim=True), (4, 5))
+    (mean,) = (node for node in program.nodes() if node.target is torch.ops.aten.mean.dim)
+    names = ("dim", "keepdim", "dtype", "unknown")
+    assert [argument(mean, name) for name in names] == [[-1], True, None, None]
 
 
 def test_an_operator_without_a_rule_is_named() -> None:
@@ -302,6 +329,7 @@ MORE: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], str]] = {
         [(4, 5, 6)],
         "x0 x1 x2",
     ),
+    "gated": (lambda x: F.glu(x).sum(-1), [(4, 5, 6)], "x0 x1"),
     "norm": (lambda x: x.norm(dim=1), [(4, 5, 6)], "x0 x2"),
     "variance": (lambda x: torch.var_mean(x, 1)[1], [(4, 5, 6)], "x0 x2"),
     "extreme": (lambda x: x.max(1, keepdim=True)[0], [(4, 5, 6)], "x0 1 x2"),
@@ -333,6 +361,7 @@ NEW: dict[str, Callable[[Tensor], Tensor]] = {
     "fft": lambda x: torch.fft.fft(x, dim=1),
     "index": lambda x: x[:, torch.tensor([4, 3, 2, 1, 0])],
     "index-select": lambda x: x.index_select(1, torch.tensor([4, 3, 2, 1, 0])),
+    "gated": lambda x: F.glu(torch.cat([x, x], 1), 1),
     "count down": lambda x: x[:, torch.arange(4, -1, -1)],
     "crop and fill": lambda x: F.pad(x, (0, 0, 1, -1)),
     "wide convolution": lambda x: F.conv1d(x.mT, torch.ones(6, 6, 3), padding=1).mT,

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from effopt.causal import looks_back
+from effopt.attention import SDPA
+from effopt.causal import hides_later, looks_back, own_calls
 from effopt.kernel import kernel
 from effopt.sites import find_tokens
 from tests.check import Check
@@ -110,6 +111,17 @@ def test_the_scores_are_one_row_and_survivors_keep_their_order() -> None:
     assert ends == [(0, 1)] * 3
 
 
+def mixed() -> Net:
+    return Net(every_token, blocks=[CausalBlock(), ScaledBlock(), ScaledBlock(bias=LATER)])
+
+
+def test_each_call_is_asked_by_itself() -> None:
+    program = Check(mixed(), torch.randn(2, TOKENS, WIDTH)).normal().program
+    calls = [node for node in program.nodes() if node.target is SDPA]
+    assert [hides_later(program, call) for call in calls] == [True, False, True]
+    assert own_calls(*program.get(find_tokens)) == calls
+
+
 def test_what_looks_back() -> None:
     def asked(net: nn.Module) -> bool:
         program = Check(net, torch.randn(2, TOKENS, WIDTH)).normal().program
@@ -117,6 +129,6 @@ def test_what_looks_back() -> None:
 
     assert all(asked(Net(every_token, blocks=made())) for made in SPELLINGS.values())
     assert not asked(Net(every_token))
-    assert not asked(Net(every_token, blocks=[CausalBlock(), ScaledBlock()]))
+    assert not asked(mixed())
     window = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(2)
     assert not asked(Net(every_token, blocks=[ScaledBlock(bias=window) for _ in range(2)]))

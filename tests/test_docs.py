@@ -127,32 +127,34 @@ def test_the_example_of_a_kernel_is_true() -> None:
         torch.library.opcheck(found.op, sample)
 
 
-class Gated(nn.Module):
-    """One block whose MLP is a gated linear unit, along the channels or along the tokens."""
+class Diagonal(nn.Module):
+    """One block whose MLP reads a diagonal: of a table of each token, or of tokens by channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
         self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
-        self.up, self.down = nn.Linear(8, 32), nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(4, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (own(x).unsqueeze(1) for own in (self.q, self.k, self.v))
         x = x + nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
         if self.dim == 1:
-            return nn.functional.glu(x, dim=1).mean(dim=1)
-        return (x + self.down(nn.functional.glu(self.up(x)))).mean(dim=1)
+            return x.diagonal(0, 1, 2)
+        table = self.up(x).unflatten(-1, (4, 4))
+        return (x + self.down(table.diagonal(0, -2, -1))).mean(dim=1)
 
 
 @pytest.fixture
-def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+def ruled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the rule and the effect of the example into the tables, as its text says."""
-    monkeypatch.setitem(axis_table.RULES, aten.glu.default, ("halve", example("rule")["halve"]))
+    rule = ("diagonal", example("rule")["diagonal"])
+    monkeypatch.setitem(axis_table.RULES, aten.diagonal.default, rule)
     text = re.sub(r"\s+", " ", text_of("CONTRIBUTING.md"))
-    row = re.search(r'`"halve": (_along\(.*?\))`\.', text)
+    row = re.search(r'`"diagonal": (_along\(.*?\))`\.', text)
     assert row is not None
     names = {"_along": effects._along, "dim_arg": effects.dim_arg}
-    monkeypatch.setitem(effects.EFFECTS, "halve", eval(row[1], names))
+    monkeypatch.setitem(effects.EFFECTS, "diagonal", eval(row[1], names))
 
 
 def normal(model: nn.Module) -> Program:
@@ -165,20 +167,20 @@ def axis_of(program: Program) -> TokenAxis:
 
 
 def test_an_operator_without_a_rule_blocks() -> None:
-    refusal = axis_of(normal(Gated(-1))).sites[0].refusal
-    assert "no axis rule for aten.glu.default" in str(refusal)
+    refusal = axis_of(normal(Diagonal(-1))).sites[0].refusal
+    assert "no axis rule for aten.diagonal.default" in str(refusal)
 
 
-@pytest.mark.usefixtures("halved")
+@pytest.mark.usefixtures("ruled")
 def test_the_example_of_a_rule_is_true() -> None:
-    program = normal(Gated(-1))
-    (node,) = (node for node in program.nodes() if node.target is aten.glu.default)
+    program = normal(Diagonal(-1))
+    (node,) = (node for node in program.nodes() if node.target is aten.diagonal.default)
     dims = program.get(find_axes).of(node)
-    assert same_size(shape(node)[2], 16)
+    assert same_size(shape(node)[2], 4)
     assert show(dims[1]) == show(axis_of(program).tokens.dim)
     assert axis_of(program).effects[node].kind.value == "map"
     assert axis_of(program).sites[0].refusal is None
-    assert "the tokens are halved" in str(axis_of(normal(Gated(1))).sites[0].refusal)
+    assert "tokens are paired" in str(axis_of(normal(Diagonal(1))).sites[0].refusal)
 
 
 def test_the_example_of_a_target_is_true() -> None:

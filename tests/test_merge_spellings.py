@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests import spellings
 from tests.check import Check
 from tests.eager import Tokens, encode, merge
-from tests.spellings import Net, ParallelBlock, PlacedBlock, ScaledBlock
+from tests.spellings import WIDTH, ConformerBlock, Net, ParallelBlock, PlacedBlock, ScaledBlock
 
 ULPS = 16
 """Of the largest value: K for dot products of K = 16 terms; both sides in single precision.
@@ -102,6 +102,17 @@ def test_a_slice_from_the_end_is_restored_where_tokens_merge() -> None:
 def test_blocks_with_attention_and_mlp_side_by_side() -> None:
     net = Net(spellings.mean, blocks=[ParallelBlock() for _ in range(3)])
     agrees(net, (12, 16), read_mean)
+
+
+def test_a_gated_unit_over_channels() -> None:
+    net = Net(spellings.mean)
+    for block in net.blocks:
+        block.mlp = nn.Sequential(nn.Linear(WIDTH, 24), nn.GLU(), nn.Linear(12, WIDTH))
+    agrees(net, (12, 16), read_mean)
+
+
+def test_a_gated_unit_before_a_convolution_of_one_place() -> None:
+    agrees(Net(spellings.mean, blocks=[ConformerBlock(1) for _ in range(3)]), (12, 16), read_mean)
 
 
 def test_a_relative_position_bias_is_gathered_on_both_sides() -> None:

@@ -9,7 +9,7 @@ from effopt.errors import PreconditionError
 from tests import spellings
 from tests.check import Check
 from tests.programs import made
-from tests.spellings import WIDTH, Net, ScaledBlock
+from tests.spellings import WIDTH, ConformerBlock, Net, ScaledBlock
 
 SDPA = "scaled_dot_product_attention (scaled_dot_product_attention.default)"
 LEAVE = "leave this block out (options first, last or sites), or keep the model as it is"
@@ -79,6 +79,19 @@ UNMENDED: dict[str, str] = {
 @pytest.mark.parametrize("case", spellings.WHOLE)
 def test_what_cannot_be_mended_names_the_operator(case: str) -> None:
     net(spellings.WHOLE[case]).refuses(LAST, f"{UNMENDED[case]}\n  remedy: {LEAVE}")
+
+
+@pytest.mark.parametrize("spec", ["merge-tokens{r=2}", "prune-tokens{keep=0.5}"])
+def test_a_conformer_is_refused_for_its_convolution_and_not_for_its_gate(spec: str) -> None:
+    blocks = [ConformerBlock(3) for _ in range(2)]
+    Check(Net(spellings.mean, blocks=blocks), torch.randn(2, 12, WIDTH)).normal().refuses(
+        spec,
+        f"""
+        conv1d (conv1d.default) in blocks.0.deep at conv.py: \
+a convolution or pooling runs over the tokens
+          remedy: {LEAVE}
+        """,
+    )
 
 
 class Causal(nn.Module):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from effopt.attention import SDPA, mask_of, scale_of
+from effopt.edit import Edit
+from effopt.errors import VerificationError
 from effopt.program import Program, module_path, shape, value
 from tests.architectures import ARCHITECTURES
 from tests.check import Check
@@ -417,6 +419,24 @@ def test_a_condition_is_small_and_a_scale_is_written_only_if_it_is_another() -> 
     assert mask is not None
     assert value(mask).dtype == torch.bool
     assert shape(mask)[1:] == (1, 1, TOKENS)
+
+
+def test_an_attempt_that_fails_leaves_no_trace() -> None:
+    program = one(SPELLINGS["masked_fill"]).program
+    before, edit = program.text(), Edit(program, "test")
+    x = program.inputs()[0]
+    (weights,) = (node for node in program.nodes() if node.target is torch.ops.aten.softmax.int)
+
+    def attempt(*dim: int) -> None:
+        with edit.attempt(weights):
+            made = edit.call(torch.ops.aten.neg.default, x)
+            edit.call(torch.ops.aten.unsqueeze.default, made, *dim)
+
+    with pytest.raises(VerificationError):
+        attempt(7)
+    assert (edit.count, program.text()) == (0, before)
+    attempt(1)
+    assert edit.count == 2
 
 
 def test_the_call_names_the_module_of_its_softmax() -> None:

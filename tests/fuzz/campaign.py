@@ -1,9 +1,13 @@
 """A campaign: many random models, each reduced in many ways; counts, and what was wrong."""
 
+import itertools
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.judge import judge, kind, reproduction, shrunk
@@ -15,6 +19,9 @@ PASSES = 12
 
 BATCH = 20
 """Models drawn from one seed."""
+
+RENEWED = 20
+"""Batches after which a process ends: torch keeps something of every graph that it traced."""
 
 
 @dataclass
@@ -42,6 +49,12 @@ class Tally:
         for name, found in wrong.items():
             what = kind(found[0]), spec.mask, spec.out
             self.failures.setdefault(what, (spec, name, found[0]))
+
+    def join(self, other: "Tally") -> None:
+        """Add what another batch found."""
+        self.counts.update(other.counts)
+        self.refusals.update(other.refusals)
+        self.failures = {**other.failures, **self.failures}
 
     def report(self, shown: int = 5) -> str:
         """Write failures, each with the smallest model that has it."""
@@ -72,10 +85,23 @@ def batch(number: int, models: int, tally: Tally, passes: int = PASSES) -> None:
     one()
 
 
-def campaign(pairs: int, first: int = 0) -> Iterator[Tally]:
-    """Judge so many pairs; yield the tally after every batch."""
-    tally, number = Tally(), first
-    while tally.pairs < pairs:
-        batch(number, BATCH, tally)
-        number += 1
-        yield tally
+def _fresh_batch(number: int) -> Tally:
+    torch.set_num_threads(1)
+    tally = Tally()
+    batch(number, BATCH, tally)
+    return tally
+
+
+def campaign(pairs: int, first: int = 0, jobs: int = 1) -> Iterator[Tally]:
+    """Judge at least so many pairs in so many processes; yield the tally after every batch."""
+    tally, numbers = Tally(), itertools.count(first)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=RENEWED) as pool:
+        running = {pool.submit(_fresh_batch, next(numbers)) for _ in range(2 * jobs)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for one in done:
+                tally.join(one.result())
+                if tally.pairs < pairs:
+                    running.add(pool.submit(_fresh_batch, next(numbers)))
+                yield tally

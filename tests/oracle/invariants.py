@@ -48,6 +48,8 @@ def permutation(case: Case) -> Faults:
     if masked or _reads_positions(case):
         return []  # the choice itself reads where tokens are
     inputs = case.draw(2, None)
+    if _copies(record(case.normal, inputs).values[qkv_of(site.attention)[1].name]):
+        return []  # which of two copies leaves is settled by their places
     first, last = _removable(case, inputs, site)
     order = torch.arange(last + case.axis.suffix)
     draw = torch.Generator().manual_seed(0)
@@ -59,6 +61,12 @@ def permutation(case: Case) -> Faults:
     if _turned(case, changes, inputs, (case.normal, case.normal), order):
         return []  # the model itself reads where tokens are
     return _turned(case, changes, inputs, (case.reduced, case.reduced), order)
+
+
+def _copies(keys: Tensor) -> bool:
+    """Tell whether two tokens have the same keys [..., N, D], such as one word twice."""
+    apart = torch.cdist(keys, keys) + torch.eye(keys.shape[-2])
+    return bool((apart < 1e-4).any())
 
 
 def _turned(
