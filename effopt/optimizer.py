@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from effopt.backend import Support, backend
 from effopt.bench import agreement_of, threads
+from effopt.calibration import read_calibration
 from effopt.capture import capture
 from effopt.cost import macs
 from effopt.errors import MissingError, PreconditionError
@@ -98,6 +99,7 @@ def optimize(
     *,
     target: str = "cpu",
     recipe: str | Sequence[Pass] = "balanced",
+    calibration: Iterable[object] | str | os.PathLike[str] | None = None,
     dynamic: Sequence[str] = ("batch",),
     seed: int = 0,
     progress: Progress | None = None,
@@ -107,7 +109,10 @@ def optimize(
     `model` is a torch module (in evaluation or training mode, it is left as it is), an exported
     program or a Hugging Face model; `example_inputs` a tensor, a tuple of positional or a dict of
     keyword arguments, or (args, kwargs); a Hugging Face model may leave them out. `recipe` is a
-    recipe's name, a spec string or a list of passes. `dynamic` names the sizes that stay free.
+    recipe's name, a spec string or a list of passes. `calibration` is data for the passes that
+    calibrate: an iterable of batches, each nested as the example inputs, or the path of a .npz or
+    .safetensors file with one array [samples, ...] for each input (`effopt.calibration`); all of
+    it is checked before the passes run. `dynamic` names the sizes that stay free.
     `progress` is called with each stage's name as it begins.
 
     Raises UsageError, CaptureError, PreconditionError where a pass that was asked for by name
@@ -124,6 +129,9 @@ def optimize(
         original = capture(model, example_inputs, dynamic=dynamic, seed=seed)
     if not (taken := vendor.supports(original, wanted)).ok:
         raise PreconditionError("model", *_refusal(taken))
+    if calibration is not None:
+        with clock.stage("calibration data"):
+            original.calibration = read_calibration(calibration, original)
     program, records = Pipeline(steps).run(original, progress)
     clock.stages += [Stage(record.spec, record.seconds) for record in records]
     report = Report(
@@ -131,7 +139,11 @@ def optimize(
         target=wanted.name,
         recipe=",".join(spec_of(step.run) for step in steps),
         steps=records,
-        notes=(*_fixed_batch(model, original, dynamic), *_notes(steps, records)),
+        notes=(
+            *_fixed_batch(model, original, dynamic),
+            *_calibrated(original),
+            *_notes(steps, records),
+        ),
     )
     report = _measured(report, original, program, clock)
     asked = recipe if isinstance(recipe, str) else ""
@@ -172,6 +184,10 @@ def _known_macs(program: Program) -> int:
 def _fixed_batch(model: object, program: Program, dynamic: Sequence[str]) -> tuple[str, ...]:
     fixed = isinstance(model, ExportedProgram) and "batch" not in program.dynamic.values()
     return ("the exported program fixes its batch",) if fixed and "batch" in dynamic else ()
+
+
+def _calibrated(program: Program) -> tuple[str, ...]:
+    return (program.calibration.describe(),) if program.calibration is not None else ()
 
 
 def named(program: Program, outputs: Sequence[Tensor]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from torch.utils import _pytree as pytree
 
 from effopt.errors import UsageError
 from effopt.signature import Signature
+
+if TYPE_CHECKING:
+    from effopt.calibration import Calibration
+    from effopt.target import Target
 
 Slots = tuple[int | None, ...]
 """For each leaf of the model's nested output: its place among the outputs, None for a None."""
@@ -35,7 +39,9 @@ class Program:
     the graph to the name that the signature uses for it (`{"s77": "batch"}`), `ranges` gives
     the sizes that a name stands for. `history` holds the specs of the passes that changed it,
     `constants` the name and value of each leaf of the inputs that is no tensor, by its place;
-    `inferred` keeps values by what they follow from, for all forks (see `effopt.infer`).
+    `inferred` keeps values by what they follow from, for all forks (see `effopt.infer`), and
+    `calibration` is the user's data, for all forks, where some were given; `target` the machine
+    that the program is optimised for, where that is known.
     """
 
     module: GraphModule
@@ -49,6 +55,8 @@ class Program:
     history: tuple[str, ...] = ()
     constants: dict[int, tuple[str, Any]] = field(default_factory=dict)
     inferred: dict[Any, Any] = field(default_factory=dict, repr=False)
+    calibration: "Calibration | None" = field(default=None, repr=False)
+    target: "Target | None" = None
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

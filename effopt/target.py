@@ -33,6 +33,11 @@ class Target:
     peak: tuple[tuple[str, float], ...] = ()
 
     @property
+    def asymmetric(self) -> bool:
+        """Tell whether the machine runs 4-bit weights with zero points as fast as without."""
+        return "asymmetric" in self.features
+
+    @property
     def gpu(self) -> bool:
         """Tell whether the target is a CUDA device."""
         return self.arch.startswith("sm_")
@@ -43,7 +48,10 @@ _INT8, _INT4 = ("int8",), ("int8", "int4-weights")
 _FP8 = (*_INT4, "fp8")
 
 _ROWS = (
-    Target("cpu", "ort", "cpu", ("float32",), ("int8-dynamic", "int8", "int4-weights")),
+    Target(
+        "cpu", "ort", "cpu", ("float32",), ("int8-dynamic", "int8", "int4-weights"),
+        ("asymmetric",),
+    ),
     Target("onnx", "onnx", "portable", ("float32",), ("int8",)),
     Target(
         "t4", "onnx", "sm_75", _FP16, _INT8, (), 320.0, (("float16", 65.0), ("int8", 130.0))

@@ -11,6 +11,7 @@ EXAMPLES = """\
   effopt convert ./vit-small -o out/
   effopt convert ./vit-small -o out/ --target a100 --recipe 'merge-tokens{r=8}'
   effopt convert my.models:make -o out/ --dynamic batch,length
+  effopt convert ./vit-small -o out/ --calibration images.npz
 """
 
 
@@ -26,6 +27,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         default="balanced",
         help="a recipe's name, or a spec, see the examples (default: balanced)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help=".npz or .safetensors with one array [samples, ...] for each input of the model",
     )
     add_capture(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print the folder only")
@@ -76,6 +82,10 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
     from effopt.recipe import steps_of
 
     steps_of(arguments.recipe)
+    if arguments.calibration is not None:
+        from effopt.arrays import open_arrays
+
+        open_arrays(Path(arguments.calibration))
     progress.stage("load model")
     from effopt.models import load_model
 
@@ -87,6 +97,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
         inputs,
         target=arguments.target,
         recipe=arguments.recipe,
+        calibration=arguments.calibration,
         dynamic=arguments.dynamic,
         seed=arguments.seed,
         progress=progress.stage,
