@@ -261,7 +261,7 @@ class Emulator(Interpreter):
         keys = self.epochs[epoch].keys
         if not isinstance(spot, Range) or bool(keys.all()):
             return SDPA(q, k, v, mask, dropout, causal, **kwargs)
-        seen = _cut(keys, spot, k.shape[-2]).expand(q.shape[-2], -1)
+        seen = cut(keys, spot, k.shape[-2]).expand(q.shape[-2], -1)
         if causal:
             seen = seen & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         if mask is None:
@@ -278,7 +278,7 @@ class Emulator(Interpreter):
         gone = {d % x.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
         for place, spot in self.on(n.args[0]).items():  # type: ignore[arg-type]
             if place in gone and isinstance(spot, Range):
-                counted = _cut(self.epochs[epoch].pool, spot, x.shape[place])
+                counted = cut(self.epochs[epoch].pool, spot, x.shape[place])
                 x = x.index_select(place, counted.nonzero()[:, 0])
         return target(x, dims, *rest, **kwargs)
 
@@ -301,7 +301,8 @@ def _start(spot: Range, count: int, width: int) -> int:
     return spot.start if isinstance(spot.start, int) else count - width
 
 
-def _cut(flags: Tensor, spot: Range, width: int) -> Tensor:
+def cut(flags: Tensor, spot: Range, width: int) -> Tensor:
+    """Return what flags [N] say of the tokens of a range."""
     start = _start(spot, len(flags), width)
     return flags[start : start + width]
 
