@@ -389,3 +389,17 @@ def test_padding_that_attends_to_nothing_still_does_after_merging() -> None:
         return y + y.roll(1, 1)  # the first token reads the last one, which is padding
 
     assert judged(run, (x(), padding()), "merge-tokens{r=2}") == ""
+
+
+def test_a_picked_token_that_is_padding_keeps_its_value_when_others_merge() -> None:
+    def run(net: Model, y: Tensor, mask: Tensor) -> Tensor:
+        for block in net.blocks:
+            y = block(y, mask[:, None, None, :].bool())
+        return y[:, -1]
+
+    assert judged(run, (x(), padding()), "merge-tokens{r=2}") == ""
+    net = Model(run).eval()
+    merged = effopt.optimize(net, (x(), padding()), recipe="merge-tokens{r=1,sites=[2]}")
+    want = net(x(), padding())[1]
+    # One pair of the eight real tokens merged in the last block: it moves the others a little.
+    assert torch.cosine_similarity(merged(x(), padding())[1], want, dim=0) > 0.99

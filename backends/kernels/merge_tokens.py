@@ -8,8 +8,11 @@ from effopt.axes import AxisMap, Dims
 from effopt.backends.kernels.common import arg_dims, rows
 from effopt.kernel import Kernel
 
-TINY = 1e-6
-"""Least size to divide by: a group of padding alone has size 0, and its value does not matter."""
+TINY = 1e-12
+"""Weight of padding, of size 0: beside a real token nothing, among padding alone a plain mean."""
+
+LEAST = 1e-6
+"""Least size of a group that is not padding alone."""
 
 
 @torch.library.custom_op("effopt::merge_tokens", mutates_args=())
@@ -18,16 +21,19 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Average each kept token with the sources that merge into it, weighted by size.
 
-    x [B, N, C], size [B, N]; kept [B, K], source [B, r], target [B, r] count in 0..N-1.
-    Returns y [B, K, C] in the dtype of x and the summed size [B, K]. Sums are in float32.
+    x [B, N, C], size [B, N], 0 at padding and at least 1e-6 elsewhere; kept [B, K], source
+    [B, r], target [B, r] count in 0..N-1. Returns y [B, K, C] in the dtype of x and the summed
+    size [B, K]. Sums are in float32. Padding that merges with padding alone is averaged plainly.
     """
     b, n, c = x.shape
     group = torch.arange(n, device=x.device).repeat(b, 1).scatter(1, source, target)
     total = size.new_zeros(b, n, c + 1, dtype=torch.float32)
-    weighted = torch.cat([x.float() * size.unsqueeze(-1), size.unsqueeze(-1)], dim=-1)
+    weight = size.float().clamp_min(TINY).unsqueeze(-1)
+    weighted = torch.cat([x.float() * weight, weight], dim=-1)
     total.scatter_add_(1, group.unsqueeze(-1).expand(-1, -1, c + 1), weighted)
     left = total.gather(1, kept.unsqueeze(-1).expand(-1, -1, c + 1))
-    return (left[..., :c] / left[..., c:].clamp_min(TINY)).to(x.dtype), left[..., c].clone()
+    summed = left[..., c:]
+    return (left[..., :c] / summed).to(x.dtype), _sizes(summed)
 
 
 @merge_tokens.register_fake
@@ -46,11 +52,18 @@ def lowering(
     No scatter: engines reject a scatter that adds. The size rides as one more channel.
     """
     c = x.shape[2]
-    weighted = torch.cat([x.float() * size.unsqueeze(-1), size.unsqueeze(-1)], dim=-1)
+    weight = size.float().clamp_min(TINY).unsqueeze(-1)
+    weighted = torch.cat([x.float() * weight, weight], dim=-1)
     onto = (kept.unsqueeze(2) == target.unsqueeze(1)).to(weighted.dtype)
     total = rows(weighted, kept) + onto @ rows(weighted, source)
     summed = total[..., c:]
-    return (total[..., :c] / summed.clamp_min(TINY)).to(x.dtype), summed.squeeze(-1)
+    return (total[..., :c] / summed).to(x.dtype), _sizes(summed)
+
+
+def _sizes(summed: Tensor) -> Tensor:
+    """Return the sizes [B, K] of summed weights [B, K, 1]: 0 where they are those of padding."""
+    flat = summed.squeeze(-1)
+    return torch.where(flat < LEAST, 0.0, flat)
 
 
 def axes(found: AxisMap, node: Node) -> tuple[Dims, ...]:

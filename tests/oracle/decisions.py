@@ -171,8 +171,8 @@ def _merge_step(
     if bool((moved < 0).any()) or len(kept) + len(source) != count:
         raise AssertionError(f"{found.node.name}: kept, source and target do not cover the tokens")
     member = torch.zeros(len(kept), count, dtype=torch.float64)
-    member[moved, torch.arange(count)] = sizes
-    weights = member / member.sum(1, keepdim=True).clamp_min(1e-6)
+    member[moved, torch.arange(count)] = sizes.clamp_min(1e-12)
+    weights = member / member.sum(1, keepdim=True)
     return Step("merge", found.site, weights, kept, moved)
 
 
