@@ -1,4 +1,4 @@
-"""The portable file: standard ONNX operators at one opset, which every runtime reads."""
+"""The ONNX file: standard operators at one opset, unless it is for onnxruntime on the CPU."""
 
 import importlib.metadata
 from collections.abc import Mapping
@@ -19,24 +19,30 @@ _TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir")
 
 
 def write(
-    program: "Program", folder: Path, provenance: Mapping[str, str] | None = None
+    program: "Program",
+    folder: Path,
+    provenance: Mapping[str, str] | None = None,
+    target: Target | None = None,
 ) -> dict[str, str]:
     """Write `model.onnx` (and `model.onnx.data` for large weights) into an existing folder.
 
-    `provenance` goes into the file's metadata, beside the version and the passes. Returns the
+    `provenance` goes into the file's metadata, beside the version and the passes. `target` says
+    whose forms quantized linears get; without one they are in standard operators. Returns the
     outputs that are named otherwise in the file, `{name: name in the file}`: those named like an
     input.
     Raises PreconditionError, naming the operator, for what standard operators cannot say.
     """
     from effopt.backends.onnx_file import save
     from effopt.backends.onnx_lower import lower
+    from effopt.backends.quantized import kind_of
 
     known = {
         "effopt.version": importlib.metadata.version("effopt"),
         "effopt.passes": ",".join(program.history),
         **(provenance or {}),
     }
-    return save(lower(program), program.signature, folder, known)
+    kind = kind_of(target) if target else "portable"
+    return save(lower(program, kind), program.signature, folder, known, extended=kind == "cpu")
 
 
 class Onnx:
@@ -56,13 +62,16 @@ class Onnx:
 
     def build(self, program: "Program", target: Target, folder: Path) -> Artifact:
         """Write the file; PreconditionError names the first node that the target will refuse."""
-        ports = write(program, folder, {"effopt.target": target.name})
+        ports = write(program, folder, {"effopt.target": target.name}, target)
         if target.gpu:
             from effopt.backends.readiness import require
 
             require(folder / MODEL, target)
         pending = f"engine: to be built on {target.arch} from {MODEL}" if target.gpu else ""
-        return Artifact(written(folder), facts(), ports, pending)
+        from effopt.backends.quantized import linears
+
+        known = {**facts(folder), "integer_layers": len(linears(program))}
+        return Artifact(written(folder), known, ports, pending)
 
     def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:
         """Open the file in onnxruntime, on the CPU, whatever target it was written for."""
@@ -76,9 +85,11 @@ def written(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in (MODEL, WEIGHTS) if (folder / name).exists())
 
 
-def facts() -> dict[str, Any]:
-    """Return what the manifest should know: the opset and the versions of the tools."""
-    from effopt.backends.onnx_lower import OPSET
+def facts(folder: Path) -> dict[str, Any]:
+    """Return what the manifest should know: the file's opset and the versions of the tools."""
+    import onnx
 
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     tools = {name: importlib.metadata.version(name) for name in _TOOLS}
-    return {"opset": OPSET, "tools": tools}
+    return {"opset": opset, "tools": tools}

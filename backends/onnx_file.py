@@ -16,18 +16,25 @@ EXTERNAL_FROM = 100_000_000
 in memory and mapped by the runtime, while a file with weights inside peaks at three copies."""
 
 _STANDARD = ("", "ai.onnx")
+_EXTENDED = (*_STANDARD, "com.microsoft")
 
 
 def save(
-    model: ir.Model, signature: Signature, folder: Path, provenance: Mapping[str, str]
+    model: ir.Model,
+    signature: Signature,
+    folder: Path,
+    provenance: Mapping[str, str],
+    *,
+    extended: bool = False,
 ) -> dict[str, str]:
     """Name, tidy, write and check a lowered graph; return the names that had to differ.
 
     The folder gets `model.onnx`, and `model.onnx.data` where the weights are large. Inputs and
-    outputs carry the names and sizes of the signature. Raises PreconditionError for an operator
-    that is not standard, VerificationError for a file that the ONNX checker refuses.
+    outputs carry the names and sizes of the signature. `extended` allows onnxruntime's own
+    operators. Raises PreconditionError for another operator that is not standard,
+    VerificationError for a file that the ONNX checker refuses.
     """
-    _only_standard(model)
+    _only_known(model, _EXTENDED if extended else _STANDARD)
     _drop_zero_adds(model.graph)
     _own_output_nodes(model.graph)
     ports = _name_ports(model.graph, signature)
@@ -48,9 +55,9 @@ def save(
     return ports
 
 
-def _only_standard(model: ir.Model) -> None:
+def _only_known(model: ir.Model, domains: tuple[str, ...]) -> None:
     for node in model.graph.all_nodes():
-        if node.domain not in _STANDARD or model.functions:
+        if node.domain not in domains or model.functions:
             raise PreconditionError(
                 node.name or node.op_type,
                 f"{node.domain}::{node.op_type} is no standard ONNX operator",

@@ -1,7 +1,8 @@
-"""From a Program to an ONNX graph in memory: standard operators only, at one opset.
+"""From a Program to an ONNX graph in memory: standard operators, at one opset.
 
 The graph is prepared in torch (kernels become their standard form, attention gets one plain
 additive mask), traced again, and translated by torch's exporter with two translations of ours.
+Quantized linears get the form of the kind of target that the graph is for.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, Node
 
+from effopt.backends import quantized
 from effopt.errors import PreconditionError
 from effopt.kernel import lowerings
 from effopt.program import Program, where
@@ -37,18 +39,21 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _LINEAR = torch.ops.aten.linear.default
 
 
-def lower(program: Program) -> ir.Model:
+def lower(program: Program, kind: str = "portable") -> ir.Model:
     """Translate a program; inputs and outputs are in the order of its signature, yet unnamed.
 
-    The program is left as it was. Raises PreconditionError, naming the operator or the node, for
-    what has no form in standard ONNX operators.
+    `kind` says whose form quantized linears get: "cpu" may use onnxruntime's own operators,
+    "portable" and "gpu" standard ones alone. The program is left as it was. Raises
+    PreconditionError, naming the operator or the node, for what has no such form.
     """
     fork = program.fork()
+    opset = max(OPSET, quantized.mark(fork.module.graph, kind))
     _prepare(fork.module.graph)
     fork.compile()
     with _quiet(), torch.no_grad():
         exported = _trace(fork)
-        made = _translate(exported, fork)
+        made = _translate(exported, fork, opset)
+    quantized.expand(made, kind)
     return made
 
 
@@ -204,14 +209,14 @@ def _sample(sample: Tensor, spec: TensorSpec) -> Tensor:
     return sample.repeat(repeats) if 2 in repeats else sample
 
 
-def _translate(exported: ExportedProgram, program: Program) -> ir.Model:
+def _translate(exported: ExportedProgram, program: Program, opset: int) -> ir.Model:
     try:
         made = torch.onnx.export(
             exported,
             (),
             None,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             verbose=False,
             custom_translation_table={_SDPA: _attention, _LINEAR: _linear},
         )

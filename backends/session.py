@@ -53,7 +53,15 @@ class Session:
         return outputs
 
 
-def _open(path: Path, check_only: bool) -> Any:
+def optimize(path: Path, into: Path) -> None:
+    """Write the graph that onnxruntime makes of a file on this machine; for inspection alone.
+
+    Weights go beside it, so that their size has no limit. Errors are as with Session.
+    """
+    _open(path, check_only=False, optimized=into)
+
+
+def _open(path: Path, check_only: bool, optimized: Path | None = None) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -63,6 +71,10 @@ def _open(path: Path, check_only: bool) -> Any:
     if check_only:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        weights = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(weights, f"{optimized.name}.data")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _refusals() as error:

@@ -156,3 +156,4 @@ _FAMILIES: tuple[tuple[tuple[str, ...], Callable[[Node, Size], int]], ...] = (
 )
 
 _RULES = {f"aten.{name}": rule for names, rule in _FAMILIES for name in names}
+_RULES["effopt.quantized_linear"] = _product(0)  # on integers, and as many

@@ -27,6 +27,13 @@ for ViT-S and ViT-B in float32 between two implementations (12 layers). A hundre
 room for models ten times as deep and wide; a wrong weight or mask shows at 1e-3 and above. Types
 that are not listed must agree exactly."""
 
+INTEGERS = 0.1
+"""The same for an engine with layers on integer weights or activations.
+
+Engines round activations in blocks of their own inside such a layer, by up to 8e-3 of its largest
+output, and a value near the middle of two codes falls to either side; later layers add up.
+"""
+
 
 class Engine:
     """A loaded engine. Call it with arrays by position or by input name."""
@@ -191,15 +198,18 @@ def check(engine: Engine) -> list[Figure]:
         raise UsageError(f"{engine.folder} holds no reference inputs", "write the engine again")
     outputs = engine.run(bind(engine.signature, (), inputs))
     specs = engine.signature.outputs
-    return [_figure(s.name, got, stored) for s, got in zip(specs, outputs, strict=True)]
+    least = INTEGERS if engine.manifest["facts"].get("integer_layers") else 0.0
+    pairs = zip(specs, outputs, strict=True)
+    return [_figure(spec.name, got, stored, least) for spec, got in pairs]
 
 
-def _figure(name: str, got: Array, stored: Mapping[str, Array]) -> Figure:
+def _figure(name: str, got: Array, stored: Mapping[str, Array], least: float) -> Figure:
     lacking = [key for key in (f"optimized.{name}", f"original.{name}") if key not in stored]
     if lacking:
         raise UsageError(f"the folder holds no reference {lacking[0]!r}", "write the engine again")
     want, original = stored[f"optimized.{name}"], stored[f"original.{name}"]
-    tolerance = TOLERANCES.get(got.dtype.name, 0.0)
+    exact = TOLERANCES.get(got.dtype.name, 0.0)
+    tolerance = max(exact, least) if exact else exact
     if want.shape != got.shape or want.dtype != got.dtype:
         return Figure(name, float("inf"), tolerance, float("nan"))
     return Figure(name, relative_difference(got, want), tolerance, cosine(got, original))

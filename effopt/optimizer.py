@@ -122,12 +122,11 @@ def optimize(
     >>> optimized = effopt.optimize(model, target="cpu", recipe="merge-tokens{r=8}")
     """
     wanted, steps, clock = find_target(target), steps_of(recipe), Clock(progress)
-    vendor = backend(wanted.backend)
-    if wanted.name == "cpu" and not (here := vendor.available()).ok:
-        raise MissingError(*_refusal(here))
+    _need_runtime(wanted)
     with clock.stage("capture"):
         original = capture(model, example_inputs, dynamic=dynamic, seed=seed)
-    if not (taken := vendor.supports(original, wanted)).ok:
+        original.target = wanted
+    if not (taken := backend(wanted.backend).supports(original, wanted)).ok:
         raise PreconditionError("model", *_refusal(taken))
     if calibration is not None:
         with clock.stage("calibration data"):
@@ -140,14 +139,19 @@ def optimize(
         recipe=",".join(spec_of(step.run) for step in steps),
         steps=records,
         notes=(
-            *_fixed_batch(model, original, dynamic),
-            *_calibrated(original),
+            *(*_fixed_batch(model, original, dynamic), *_calibrated(original)),
             *_notes(steps, records),
         ),
     )
     report = _measured(report, original, program, clock)
     asked = recipe if isinstance(recipe, str) else ""
     return Optimized(original, program, wanted, report, _folder_of(model), clock, asked)
+
+
+def _need_runtime(wanted: Target) -> None:
+    """Raise MissingError where the engine is for this machine, which cannot run it."""
+    if wanted.name == "cpu" and not (here := backend(wanted.backend).available()).ok:
+        raise MissingError(*_refusal(here))
 
 
 def _measured(report: Report, original: Program, program: Program, clock: Clock) -> Report:

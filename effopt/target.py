@@ -52,7 +52,7 @@ _ROWS = (
         "cpu", "ort", "cpu", ("float32",), ("int8-dynamic", "int8", "int4-weights"),
         ("asymmetric",),
     ),
-    Target("onnx", "onnx", "portable", ("float32",), ("int8",)),
+    Target("onnx", "onnx", "portable", ("float32",), ("int8-dynamic", "int8", "int4-weights")),
     Target(
         "t4", "onnx", "sm_75", _FP16, _INT8, (), 320.0, (("float16", 65.0), ("int8", 130.0))
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 from effopt.axes import Size
 from effopt.errors import PreconditionError, UsageError, unknown
+from effopt.kernel import kernel
 from effopt.passes.unify_attention import left_alone
 from effopt.pipeline import Outcome
 from effopt.program import Program, where
@@ -35,6 +36,10 @@ def plan_on_axis(
 
 def token_axes(program: Program, name: str = "") -> list[TokenAxis] | PreconditionError:
     """Return the axes with usable sites, those with most first; or why there is none."""
+    for node in program.nodes():
+        if node.target is kernel("quantized_linear").op:
+            reason = "its layers have integer weights already, chosen for the tokens that there are"
+            return PreconditionError(where(node), reason, "let tokens leave first: quantize last")
     known = program.get(find_tokens)
     found = [axis for axis in known if name in ("", axis.name)]
     if known and not found:

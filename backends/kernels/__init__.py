@@ -14,5 +14,6 @@ TABLE = {
         "attention_row",
         "select_tokens",
         "fuse_tokens",
+        "quantized_linear",
     )
 }

@@ -1,0 +1,178 @@
+"""quantized_linear: a linear layer on integer weights, with float or integer activations.
+
+The dynamic per-tensor scheme is that of ONNX's DynamicQuantizeLinear, the static one that of
+QuantizeLinear. Engines have special forms for it (`effopt.backends.quantized`).
+"""
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional as F
+
+from effopt.axes import AxisMap, Dims, unify
+from effopt.axis_rules import align, argument
+from effopt.errors import UsageError
+from effopt.kernel import Kernel
+
+TINY = 1e-12
+"""Least maximum of a row: a row of zeros has codes 0 whatever it is divided by."""
+
+
+@torch.library.custom_op("effopt::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    activations: str,
+    step: float,
+    origin: int,
+) -> Tensor:
+    """Return x W^T + bias [..., N] in the dtype of x, computed in float32.
+
+    x [..., K]; W = (codes - zero) * scale, one scale for each `group` neighbours along K: codes
+    [N, K] int8, or uint8 with a zero [N, G] uint8; scale [N, G] float32, G = K / group; `bits` is
+    4 or 8. bias [N] or None. `activations` says how x is rounded first:
+
+    - "float": not at all.
+    - "tensor": to 0..255 from min(x, 0) to max(x, 0) of the whole tensor, at run time.
+    - "row": to rint(127 x / a) in steps of a / 127, a = max |x| over each row's K values.
+    - "static": to clamp(rint(x / step) + origin, 0, 255), `step` and `origin` from calibration.
+
+    `step` is 1.0 and `origin` 0 where they have no say. Raises UsageError for arguments that
+    contradict each other; activations other than "float" take one scale a row of W: group == K.
+    """
+    _check(codes, scale, zero, bits, group, activations, step, origin)
+    return _meaning(x, codes, scale, zero, bias, bits, group, activations, step, origin)
+
+
+@quantized_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    activations: str,
+    step: float,
+    origin: int,
+) -> Tensor:
+    _check(codes, scale, zero, bits, group, activations, step, origin)
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _meaning(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    activations: str,
+    step: float,
+    origin: int,
+) -> Tensor:
+    blocks = codes.float().reshape(codes.shape[0], -1, group)
+    if zero is not None:
+        blocks = blocks - zero.float().unsqueeze(-1)
+    weight = (blocks * scale.unsqueeze(-1)).reshape(codes.shape)
+    rounded = ROUNDED[activations](x.float(), step, origin)
+    return F.linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+# --- activations ------------------------------------------------------------------------------
+
+
+def _float(x: Tensor, step: float, origin: int) -> Tensor:
+    return x
+
+
+def _tensor(x: Tensor, step: float, origin: int) -> Tensor:
+    low, high = x.amin().clamp_max(0.0), x.amax().clamp_min(0.0)
+    width = torch.where(high == low, 1.0, (high - low) / 255)
+    zero = torch.round(-low / width).clamp(0, 255)
+    return ((torch.round(x / width) + zero).clamp(0, 255) - zero) * width
+
+
+def _row(x: Tensor, step: float, origin: int) -> Tensor:
+    most = x.abs().amax(dim=-1, keepdim=True).clamp_min(TINY)
+    return torch.round(127 * x / most) * (most / 127)
+
+
+def _static(x: Tensor, step: float, origin: int) -> Tensor:
+    return ((torch.round(x / step) + origin).clamp(0, 255) - origin) * step
+
+
+ROUNDED = MappingProxyType({"float": _float, "tensor": _tensor, "row": _row, "static": _static})
+"""Activation schemes by name: x in float32 as its integer codes stand for it."""
+
+
+def _check(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int,
+    activations: str,
+    step: float,
+    origin: int,
+) -> None:
+    inner = codes.shape[1]
+    whole = group > 0 and inner % group == 0
+    blocks = (codes.shape[0], inner // group) if whole else ()
+    fixed = activations == "static" or (step == 1.0 and origin == 0)
+    kind = torch.int8 if zero is None else torch.uint8
+    rules = (
+        (bits in (4, 8), f"bits is {bits}, not 4 or 8"),
+        (whole, f"groups of {group} do not divide the {inner} inputs"),
+        (tuple(scale.shape) == blocks, f"scale is {list(scale.shape)}, not {list(blocks)}"),
+        (zero is None or zero.shape == scale.shape, "zero has not the shape of scale"),
+        (codes.dtype == kind, f"codes are {codes.dtype}: int8, or uint8 with a zero"),
+        (activations in ROUNDED, f"activations {activations!r} is none of {', '.join(ROUNDED)}"),
+        (activations == "float" or group == inner, f"{activations!r} needs group == {inner}"),
+        (step > 0 and 0 <= origin <= 255, f"step {step} or origin {origin} is out of range"),
+        (fixed, f"step and origin have no say in {activations!r}"),
+    )
+    for holds, reason in rules:
+        if not holds:
+            raise UsageError(f"quantized_linear: {reason}", "correct the arguments of the operator")
+
+
+def axes(found: AxisMap, node: Node) -> Dims:
+    """As a linear layer's: `x [..., in]`, `codes [out, in]`, `bias [out]`."""
+    x, codes, bias = (argument(node, name) for name in ("x", "codes", "bias"))
+    (*outer, inner), (*out, into) = found.of(x), found.of(codes)
+    unify(inner, into)
+    if bias is not None:
+        align([tuple(out), found.of(bias)], 1)
+    return (*outer, *out)
+
+
+def samples() -> list[tuple[object, ...]]:
+    """Blocks and whole rows, both widths, with and without zero and bias, each activation."""
+    draw = torch.Generator().manual_seed(7)
+    x, bias = torch.randn(2, 3, 64, generator=draw), torch.randn(5, generator=draw)
+    wide = torch.randint(-128, 128, (5, 64), generator=draw, dtype=torch.int8)
+    narrow = torch.randint(-8, 8, (5, 64), generator=draw, dtype=torch.int8)
+    blocks, rows = (torch.rand(5, n, generator=draw) * 0.01 + 0.01 for n in (2, 1))
+    zero = torch.randint(0, 16, (5, 2), generator=draw, dtype=torch.uint8)
+    positive = (narrow + 8).to(torch.uint8)
+    return [
+        (x, narrow, blocks, None, bias, 4, 32, "float", 1.0, 0),
+        (x[0], positive, blocks, zero, None, 4, 32, "float", 1.0, 0),
+        (x.half(), wide, rows, None, bias, 8, 64, "float", 1.0, 0),
+        (x, wide, rows, None, bias, 8, 64, "tensor", 1.0, 0),
+        (x[0], wide, rows, None, None, 8, 64, "row", 1.0, 0),
+        (x, wide, rows, None, bias, 8, 64, "static", 0.02, 120),
+    ]
+
+
+KERNEL = Kernel(torch.ops.effopt.quantized_linear.default, _meaning, axes, samples, 1e-6)

@@ -1,0 +1,76 @@
+"""Choose channel scales for groups of linear layers, and fold them, which changes no output."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from effopt.edit import Edit
+from effopt.errors import VerificationError
+from effopt.passes.awq import search_scale
+from effopt.passes.layer_statistics import LayerStatistics
+from effopt.passes.quantizable import Layer
+from effopt.passes.quantization_plan import Plan
+from effopt.passes.smooth import smooth_scale
+from effopt.program import Program, module_path
+from effopt.scale_edit import apply_scales
+from effopt.scales import ScaleGroup, find_scales
+
+EXACT = 1e-4
+"""Folding may change float32 outputs by this share of the largest value, which is rounding."""
+
+Seen = Mapping[Node, LayerStatistics]
+
+
+def fold_scales(
+    edit: Edit, layers: Sequence[Layer], plan: Plan, seen: Seen
+) -> tuple[dict[Node, LayerStatistics], list[dict[str, Any]]]:
+    """Scale the channels that layers read; returns the statistics behind it, by linear node.
+
+    The outputs of the program on its samples are compared before and after: VerificationError
+    where they differ by more than rounding.
+    """
+    program, chosen, rows = edit.program, dict[ScaleGroup, Tensor](), list[dict[str, Any]]()
+    behind = {layer.node: seen[layer.source] for layer in layers}
+    scales = program.get(find_scales)
+    for group in scales.groups:
+        own = [layer for layer in layers if layer.node in group.linears]
+        if not own or (group.kind == "mul" and not plan.scheme.muls):
+            continue
+        scale, row = _chosen(program, group, own, plan, seen)
+        chosen[group] = scale
+        rows.append(row)
+        wide = scale[torch.tensor(group.roots)]
+        behind |= {layer.node: seen[layer.source].divided(wide) for layer in own}
+    before = program.run(program.samples)
+    apply_scales(edit, scales, chosen)
+    edit.close()
+    _compare(before, program.run(program.samples))
+    return behind, rows
+
+
+def _chosen(
+    program: Program, group: ScaleGroup, own: Sequence[Layer], plan: Plan, seen: Seen
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the scale of each root of a group, and its row for the report."""
+    statistics = seen[own[0].source]
+    weights = [program.weight(layer.weight).detach() for layer in own]
+    roots = None if group.kind == "mul" else torch.tensor(group.roots)
+    row: dict[str, Any] = {"kind": group.kind, "linears": [layer.path for layer in own]}
+    row["producers"] = [module_path(node) or node.name for node in group.producers]
+    if plan.scaling == "smooth":
+        scale = smooth_scale(statistics.most, weights, plan.alpha, roots)
+        return scale, {**row, "alpha": plan.alpha}
+    found = search_scale(statistics.rows, weights, plan.grid, stat=statistics.mean, roots=roots)
+    searched = {"ratio": found.ratio, "loss": found.loss, "rtn_loss": found.rtn_loss}
+    return found.scale, {**row, **searched}
+
+
+def _compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    for place, (was, now) in enumerate(zip(before, after, strict=True)):
+        error = float((was - now).abs().max()) if was.numel() else 0.0
+        if not error <= EXACT * float(was.abs().max()):
+            reason = f"folding channel scales changed output {place} by {error:.3g}"
+            raise VerificationError(reason, "this is a defect of the scale groups: report it")

@@ -1,0 +1,82 @@
+"""What calibration showed of the inputs of linear layers, and what scaling makes of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from effopt.collectors import ChannelExtremes, Collector, Gram, MeanAbs, Rows
+from effopt.errors import PreconditionError
+from effopt.passes.observers import OBSERVERS, affine
+from effopt.passes.quantizable import Layer
+from effopt.passes.quantization_plan import Plan
+from effopt.program import Program, where
+from effopt.statistics import gather
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """The inputs [tokens, K] of the layers that read one value; padding is left out.
+
+    `rows` [T, K] are some of them, T <= 512; by channel, [K], the mean and the largest of |x|;
+    `hessian` [K, K] the sum of x x^T where the plan asks for it.
+    """
+
+    rows: Tensor
+    mean: Tensor
+    most: Tensor
+    hessian: Tensor | None = None
+
+    def divided(self, scale: Tensor) -> "LayerStatistics":
+        """Return the statistics of x / scale, for a positive scale [K]."""
+        hessian = None if self.hessian is None else self.hessian / torch.outer(scale, scale)
+        return replace(
+            self,
+            rows=self.rows / scale,
+            mean=self.mean / scale,
+            most=self.most / scale,
+            hessian=hessian,
+        )
+
+
+def observe(program: Program, layers: Sequence[Layer], plan: Plan) -> dict[Node, LayerStatistics]:
+    """Run the calibration data once; returns what each value that layers read was seen to be.
+
+    Raises PreconditionError where no token but padding reached a layer.
+    """
+    sources = dict.fromkeys(layer.source for layer in layers)
+    collected: dict[Node, list[Collector]] = {
+        source: [
+            Rows(),
+            MeanAbs(),
+            ChannelExtremes(),
+            *([Gram()] if plan.scheme.rounding == "gptq" else []),
+        ]
+        for source in sources
+    }
+    gather(program, collected)
+    return {source: _statistics(source, found) for source, found in collected.items()}
+
+
+def _statistics(source: Node, found: Sequence[Collector]) -> LayerStatistics:
+    rows, mean, most, *rest = found
+    assert isinstance(rows, Rows)
+    assert isinstance(mean, MeanAbs)
+    assert isinstance(most, ChannelExtremes)
+    if rows.kept is None or not len(rows.kept):
+        reason = "the calibration data has no token that is not padding"
+        raise PreconditionError(where(source), reason, "give samples with real tokens")
+    hessian = rest[0].total if rest and isinstance(rest[0], Gram) else None
+    return LayerStatistics(rows.kept.float(), mean.mean.float(), most.max_abs.float(), hessian)
+
+
+def static_ranges(
+    program: Program, layers: Sequence[Layer], observer: str
+) -> dict[Node, tuple[float, int]]:
+    """Run the calibration data once; returns step and origin of each value that layers read."""
+    chosen = OBSERVERS[observer]
+    collected = {layer.source: chosen.start() for layer in layers}
+    gather(program, {source: [state] for source, state in collected.items()})
+    return {source: affine(*chosen.range(state)) for source, state in collected.items()}
