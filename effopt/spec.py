@@ -14,7 +14,7 @@ from effopt.errors import UsageError
 
 Value = int | float | bool | str | tuple["Value", ...]
 
-_TOKEN = re.compile(r"\s*([A-Za-z_][\w.-]*|[-+]?\d[\w.+-]*|[{}\[\],=])")
+_TOKEN = re.compile(r"\s*([A-Za-z_][\w.-]*|[-+]?\d[\w.+:-]*|[{}\[\],=])")
 _REMEDY = "write name{key=value,...},name,... as in merge-tokens{r=8,first=2}"
 
 

@@ -1,5 +1,6 @@
 """Round one linear layer as a plan says, and measure what that did to its outputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,8 @@ from effopt.passes.gptq import gptq
 from effopt.passes.layer_statistics import LayerStatistics
 from effopt.passes.quantizable import LINEAR, Layer
 from effopt.passes.quantization_plan import Plan
-from effopt.passes.rounding import Rounded, round_weight
+from effopt.passes.rounding import Grid, Rounded, round_weight
+from effopt.passes.weight_formats import power_of_two, reconstruct, two_of_four
 
 TINY = 1e-30
 """A layer whose outputs are all 0 has no error."""
@@ -37,6 +39,11 @@ def quantize_layer(
     """
     weight = edit.program.weight(layer.weight).detach()
     name = str(layer.weight.target)
+    if plan.scheme.rounding in FLOATS:
+        values = FLOATS[plan.scheme.rounding](weight, plan, seen).to(weight.dtype)
+        held = edit.constant(f"{name.replace('.', '_')}_values", values)
+        edit.update(layer.node, layer.source, held, *([layer.bias] if layer.bias else []))
+        return _row(layer, weight, values, plan.grid, seen)
     if name not in known:
         made = _rounded(layer, weight, plan, seen)
         known[name] = made, _constants(edit, name.replace(".", "_"), made)
@@ -49,7 +56,7 @@ def quantize_layer(
             name=f"{layer.node.name}_quantized",
         )
     edit.replace(layer.node, call)
-    return _row(layer, weight, rounded, plan, seen)
+    return _row(layer, weight, rounded.dequantized(), plan.grid, seen)
 
 
 def _constants(edit: Edit, stem: str, rounded: Rounded) -> dict[str, Node]:
@@ -87,19 +94,41 @@ def _only_logits(node: Node) -> bool:
     return reads == {True}
 
 
+def _powers(weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Tensor:
+    return power_of_two(weight, plan.grid.group, EXPONENT_BITS).values
+
+
+def _sparse(weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Tensor:
+    """Keep the weights that matter to the inputs seen, and fit them; else the largest."""
+    if seen is None or seen.hessian is None:
+        return weight * two_of_four(weight)
+    mask = two_of_four(weight, seen.hessian.diagonal().sqrt().float())
+    return reconstruct(weight, mask, seen.hessian)
+
+
+EXPONENT_BITS = 3
+"""Bits of a power of two beside its sign."""
+
+FLOATS: dict[str, Callable[[Tensor, Plan, LayerStatistics | None], Tensor]] = {
+    "pow2": _powers,
+    "2:4": _sparse,
+}
+"""Roundings that leave a float weight."""
+
+
 def _row(
-    layer: Layer, weight: Tensor, rounded: Rounded, plan: Plan, seen: LayerStatistics | None
+    layer: Layer, weight: Tensor, values: Tensor, grid: Grid, seen: LayerStatistics | None
 ) -> dict[str, Any]:
     """Describe a layer: the error is the change of its outputs, as a share of their energy."""
-    pair = rounded.dequantized() - weight.float(), weight.float()
+    pair = values.float() - weight.float(), weight.float()
     change, whole = pair if seen is None else (seen.rows @ part.T for part in pair)
     error = change.square().sum() / whole.square().sum().clamp_min(TINY)
     return {
         "path": layer.path,
         "shape": [layer.outputs, layer.columns],
-        "bits": rounded.bits,
-        "group": rounded.group,
-        "symmetric": rounded.zero is None,
+        "bits": grid.bits,
+        "group": grid.block(layer.columns),
+        "symmetric": grid.symmetric,
         "error": float(error),
         "measured_on": "weights" if seen is None else f"{len(seen.rows)} tokens",
     }

@@ -52,7 +52,7 @@ def observe(program: Program, layers: Sequence[Layer], plan: Plan) -> dict[Node,
             Rows(),
             MeanAbs(),
             ChannelExtremes(),
-            *([Gram()] if plan.scheme.rounding == "gptq" else []),
+            *([Gram()] if plan.scheme.rounding in ("gptq", "2:4") else []),
         ]
         for source in sources
     }

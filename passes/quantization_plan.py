@@ -6,6 +6,9 @@ from effopt.passes.quantizable import Layer
 from effopt.passes.rounding import Grid
 from effopt.passes.schemes import Scheme
 
+KINDS_OF_FLOATS = ("pow2", "2:4")
+"""Roundings that leave a float weight, whose values have a form that some machines use."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,6 +32,8 @@ class Plan:
 
     def words(self) -> str:
         """Write what the layers become: `4-bit weights in blocks of 128`."""
+        if self.scheme.rounding in KINDS_OF_FLOATS:
+            return self.scheme.about
         weights = f"{self.grid.bits}-bit weights"
         blocks = f" in blocks of {self.grid.group}" if self.grid.group else ""
         zero = "" if self.grid.symmetric else ", asymmetric"

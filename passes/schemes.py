@@ -12,7 +12,8 @@ class Scheme:
     `bits` and `group` (0: one scale an output channel) of the weights; `activations` as
     `effopt::quantized_linear` names them; `scaling` chooses channel scales by "awq" or "smooth";
     `muls` says whether a scale that nothing absorbs is worth a multiplication; `rounding` is
-    "nearest" or "gptq". A scheme that `needs_data` has no meaning without calibration.
+    "nearest", "gptq", or one that leaves floats of a kind: "pow2" or "2:4". A scheme that
+    `needs_data` has no meaning without calibration.
     """
 
     bits: int
@@ -58,5 +59,9 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
             rounding="gptq",
             needs_data=True,
         ),
+        "pow2": Scheme(
+            4, 128, "float", "weights are signed powers of two, stored as floats", rounding="pow2"
+        ),
+        "2:4": Scheme(8, 0, "float", "two of four weights are 0, stored as floats", rounding="2:4"),
     }
 )

@@ -1,4 +1,4 @@
-"""unify-layers: one ATen form for every spelling of a norm, an activation, a pooling, a split."""
+"""unify-layers: one ATen form for every spelling of a layer: linear, norm, activation, pooling."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,14 +11,18 @@ from effopt.edit import Edit
 from effopt.errors import PreconditionError
 from effopt.match import heads, match
 from effopt.passes.layer_patterns import LAYERS
+from effopt.passes.layer_products import PRODUCTS
 from effopt.passes.layer_views import VIEWS
 from effopt.pipeline import Outcome
 from effopt.program import Program
 
+ONE_NODE = {**VIEWS, **PRODUCTS}
+"""Spellings that one node shows."""
+
 
 @dataclass(frozen=True)
 class UnifyLayers:
-    """Bring norms, activations, pooling and splits to one ATen form each. Exact."""
+    """Bring linear layers, norms, activations, pooling and splits to one ATen form. Exact."""
 
     name: ClassVar[str] = "unify-layers"
     exact: ClassVar[bool] = True
@@ -52,9 +56,9 @@ def _note(made: Iterable[Node]) -> str:
 
 def _unified(edit: Edit, node: Node) -> Node | None:
     """Build the one form of what a node is the last of, ahead of it."""
-    if node.target in VIEWS:
+    if node.target in ONE_NODE:
         with edit.before(node):
-            return VIEWS[node.target](edit, node)
+            return ONE_NODE[node.target](edit, node)
     for layer in LAYERS:
         found = match(layer.pattern, node) if node.target in heads(layer.pattern) else None
         if found is not None:

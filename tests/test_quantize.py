@@ -279,3 +279,22 @@ def test_weights_that_are_not_finite_are_named() -> None:
         net.blocks[0].up.weight[0, 0] = torch.nan
     with pytest.raises(EffoptError, match="NaN"):
         quantized("quantize{scheme=int4-rtn}", net, data=False)
+
+
+def test_powers_of_two_are_what_the_weights_become() -> None:
+    made, record, _ = quantized("quantize{scheme=pow2}", data=False)
+    for row in record.facts["layers"]:
+        held = getattr(made.module, f"{row['path'].replace('.', '_')}_weight_values")
+        blocks = held.reshape(held.shape[0], -1, row["group"])
+        exponents = (blocks.abs() / blocks.abs().amax(-1, keepdim=True)).log2()
+        assert (exponents - exponents.round()).abs().max() <= 1e-5
+        assert exponents.min() >= -7
+
+
+def test_two_of_four_weights_are_left_and_fitted_to_data() -> None:
+    fitted, record, before = quantized("quantize{scheme=2:4}")
+    plain, _, _ = quantized("quantize{scheme=2:4}", data=False)
+    held = fitted.module.blocks_0_up_weight_values.reshape(-1, 4)
+    assert ((held != 0).sum(1) == 2).all()
+    assert distance(fitted, before) < distance(plain, before)
+    assert len(record.facts["layers"]) == 12

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from effopt.errors import UsageError
 from effopt.passes import TABLE
+from effopt.passes.schemes import SCHEMES
 from effopt.pipeline import Pass, parse_passes, pass_class, spec_of
 from effopt.spec import Item, parse
 
@@ -166,6 +167,17 @@ OPTIONS: dict[str, st.SearchStrategy[dict[str, object]]] = {
             "schedule": schedules,
             "fuse": st.booleans(),
             "normalize": st.booleans(),
+        },
+    ),
+    "quantize": st.fixed_dictionaries(
+        {"scheme": st.sampled_from(sorted(SCHEMES))},
+        optional={
+            "symmetric": st.sampled_from(("auto", True, False)),
+            "clip": st.booleans(),
+            "keep_float": st.integers(0, 40),
+            "alpha": st.floats(0, 1),
+            "least": st.integers(1, 999),
+            "heads": st.booleans(),
         },
     ),
 }
