@@ -55,6 +55,34 @@ ROWS = (
         "Liang et al. 2022, arXiv 2202.07800",
         options={"keep": "0.7", "fuse": "true"},
     ),
+    Recipe(
+        "small",
+        "quantize{scheme=int4-rtn}",
+        "4-bit weights: the smallest file that needs no data",
+        "effopt",
+        optional=True,
+    ),
+    Recipe(
+        "awq",
+        "quantize{scheme=int4-awq,group=$group}",
+        "4-bit weights, scales and clipping by what flows through the model; needs data",
+        "Lin et al. 2023, arXiv 2306.00978",
+        options={"group": "128"},
+    ),
+    Recipe(
+        "gptq",
+        "quantize{scheme=int4-gptq,group=$group}",
+        "4-bit weights, rounded with error feedback; needs data",
+        "Frantar et al. 2022, arXiv 2210.17323",
+        options={"group": "128"},
+    ),
+    Recipe(
+        "smoothquant",
+        "quantize{scheme=int8-static,alpha=$alpha}",
+        "8-bit weights and activations, outliers moved into the weights; needs data",
+        "Xiao et al. 2022, arXiv 2211.10438",
+        options={"alpha": "0.5"},
+    ),
 )
 
 RECIPES = {row.name: row for row in ROWS}
