@@ -18,8 +18,11 @@ from effopt.program import Program, module_path
 from effopt.scale_edit import apply_scales
 from effopt.scales import ScaleGroup, find_scales
 
-EXACT = 1e-4
-"""Folding may change float32 outputs by this share of the largest value, which is rounding."""
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}
+"""Folding may change outputs by this share of the largest value: weights are rounded once more.
+
+In float32 1e-6 was measured over 12 layers; the others are as far above their precision.
+"""
 
 Seen = Mapping[Node, LayerStatistics]
 
@@ -69,8 +72,14 @@ def _chosen(
 
 
 def _compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    """Compare floating outputs; whole numbers and conditions may flip where values are close."""
     for place, (was, now) in enumerate(zip(before, after, strict=True)):
-        error = float((was - now).abs().max()) if was.numel() else 0.0
-        if not error <= EXACT * float(was.abs().max()):
+        if was.dtype not in EXACT or not was.numel():
+            continue
+        held = was.isfinite()
+        first, second = (torch.where(held, x.double(), 0.0) for x in (was, now))
+        error = float((first - second).abs().max())
+        same = bool((held == now.isfinite()).all())
+        if not same or not error <= EXACT[was.dtype] * float(first.abs().max()):
             reason = f"folding channel scales changed output {place} by {error:.3g}"
             raise VerificationError(reason, "this is a defect of the scale groups: report it")

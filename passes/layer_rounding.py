@@ -37,12 +37,13 @@ def quantize_layer(
     `static` are step and origin of its inputs. Layers that share a weight (the same path in the
     module) share its codes: `known` keeps them.
     """
+    now = Layer.of(layer.node).source  # another layer, which was replaced by now, may have made it
     weight = edit.program.weight(layer.weight).detach()
     name = str(layer.weight.target)
     if plan.scheme.rounding in FLOATS:
         values = FLOATS[plan.scheme.rounding](weight, plan, seen).to(weight.dtype)
         held = edit.constant(f"{name.replace('.', '_')}_values", values)
-        edit.update(layer.node, layer.source, held, *([layer.bias] if layer.bias else []))
+        edit.update(layer.node, now, held, *([layer.bias] if layer.bias else []))
         return _row(layer, weight, values, plan.grid, seen)
     if name not in known:
         made = _rounded(layer, weight, plan, seen)
@@ -51,7 +52,7 @@ def quantize_layer(
     with edit.before(layer.node):
         call = edit.call(
             kernel("quantized_linear").op,
-            *(layer.source, parts["codes"], parts["scale"], parts.get("zero"), layer.bias),
+            *(now, parts["codes"], parts["scale"], parts.get("zero"), layer.bias),
             *(rounded.bits, rounded.group, plan.activations, *static),
             name=f"{layer.node.name}_quantized",
         )

@@ -298,3 +298,34 @@ def test_two_of_four_weights_are_left_and_fitted_to_data() -> None:
     assert ((held != 0).sum(1) == 2).all()
     assert distance(fitted, before) < distance(plain, before)
     assert len(record.facts["layers"]) == 12
+
+
+class Chained(Net):
+    """A layer that reads another at once; outputs that are conditions, and that hide by -inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for block in self.blocks:
+            x = block(x + self.high(self.low(x)))
+        logits = self.head(self.norm(x[:, 0]))
+        hidden = torch.arange(WIDTH) % 2 == 0
+        return logits, logits.masked_fill(hidden, -torch.inf), logits > 0
+
+
+@pytest.mark.parametrize("scheme", ["int4-rtn", "int4-awq", "int8-static"])
+def test_layers_in_a_row_and_outputs_of_all_kinds(scheme: str) -> None:
+    made, record, before = quantized(f"quantize{{scheme={scheme}}}", Chained())
+    assert {"low", "high"} <= {row["path"] for row in record.facts["layers"]}
+    assert distance(made, before) < 0.5
+
+
+def test_half_precision_models_are_folded_within_their_precision() -> None:
+    net = Net().half().eval()
+    made = replace(capture(net, inputs(2).half()), target=target("cpu"))
+    made = replace(made, calibration=read_calibration((x.half() for x in batches()), made))
+    after, records = Pipeline(steps_of("quantize{scheme=int4-awq}")).run(made)
+    assert records[-1].facts["groups"]
+    assert after.run((inputs(2).half(),))[0].dtype == torch.float16
