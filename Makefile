@@ -47,6 +47,7 @@ test-gpu: setup
 
 train: setup
 	$(BIN)/python -m examples.digits.train
+	$(BIN)/python -m examples.text.train --pieces 2048
 
 clean:
 	rm -rf demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

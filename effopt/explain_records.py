@@ -110,11 +110,22 @@ class ExitRow:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """Linear layers that read one and the same value, and so share the scales of its channels."""
+    """Linear layers that read the same channels, and so share the scales of these.
 
-    producer: Place
+    `source` is the value that they read, made by an operator of `family`, of so many `channels`
+    with so many `scales`. `kind` says who takes a scale up: constants that `producers` read
+    ("folded", or "tied" where channels share scales), a multiplication that is added ("mul", as
+    `pinned` keeps the value as it is), or nobody ("none", as `pinned` is true of the weights).
+    """
+
+    source: Place
     family: str
     linears: tuple[str, ...]
+    kind: str
+    channels: Size
+    scales: Size
+    producers: tuple[str, ...]
+    pinned: str
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The rows of an explanation, read off a program and its analyses."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from effopt.explain_records import (
 from effopt.masks import parts_of
 from effopt.pipeline import Pipeline, Step, make_pass
 from effopt.program import Place, Program, module_path, place_of, shape, where
+from effopt.scales import ScaleGroup, find_scales
 from effopt.sites import Site, TokenAxis, find_tokens
 from effopt.spec import Item, parse
 from effopt.tokens import Kind, Range
@@ -171,15 +173,45 @@ def exit_rows(program: Program) -> tuple[ExitRow, ...]:
 
 
 def group_rows(program: Program) -> tuple[GroupRow, ...]:
-    """Return the values that linear layers read, each with its readers."""
-    readers: dict[Node, list[str]] = {}
+    """Return the linear layers that share scales, in order; those that cannot have any last."""
+    scales = program.get(find_scales)
+    held = {linear for group in scales.groups for linear in group.linears}
+    rest: dict[Node, list[Node]] = {}
     for node in program.nodes():
-        if family(node) == "linear":
-            readers.setdefault(first(node), []).append(module_path(node) or node.name)
-    return tuple(
-        GroupRow(place(source), family(source) or source.op, tuple(paths))
-        for source, paths in readers.items()
+        if family(node) == "linear" and node not in held:
+            rest.setdefault(first(node), []).append(node)
+    found = [_group_row(group, scales.pinned.get(group.source, "")) for group in scales.groups]
+    return (*found, *(_unscaled_row(program, *item) for item in rest.items()))
+
+
+def _group_row(group: ScaleGroup, pinned: str) -> GroupRow:
+    return GroupRow(
+        source=place(group.source),
+        family=family(group.source) or group.source.op,
+        linears=_paths(group.linears),
+        kind=group.kind,
+        channels=len(group.roots),
+        scales=group.count,
+        producers=_paths(group.producers),
+        pinned=pinned if group.kind == "mul" else "",
     )
+
+
+def _unscaled_row(program: Program, source: Node, linears: Sequence[Node]) -> GroupRow:
+    return GroupRow(
+        source=place(source),
+        family=family(source) or source.op,
+        linears=_paths(linears),
+        kind="none",
+        channels=_size(program, shape(source)[-1]),
+        scales=0,
+        producers=(),
+        pinned="a weight is computed, or read elsewhere too",
+    )
+
+
+def _paths(nodes: Sequence[Node]) -> tuple[str, ...]:
+    return tuple(module_path(node) or node.name for node in nodes)
 
 
 def unknown_rows(program: Program) -> tuple[UnknownRow, ...]:

@@ -1,6 +1,6 @@
 """An explanation as text for a terminal: what holds of many blocks alike is said once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,14 @@ _INDENT = 17
 _SHOWN = 3
 """How many operators of a family are named."""
 
+_KINDS = {
+    "folded": "folded",
+    "tied": "folded and tied",
+    "mul": "by a multiplication",
+    "none": "without scales",
+}
+"""How the scales of a group are taken up."""
+
 Entry = tuple[str, Sequence[str]]
 """A name at the left and the lines beside it."""
 
@@ -52,7 +60,7 @@ def render(found: "Explanation", width: int) -> str:
         "" if found.axes else _filled("", _no_axis(found), width),
         _section("Attention calls", _calls(found), width),
         _section("Exits: behind these blocks, one value carries everything", _exits(found), width),
-        _section("Groups: linear layers that read one value", _groups(found.groups), width),
+        _section("Groups: layers that share scales of their inputs", _groups(found.groups), width),
         _section("Operators that were not understood", _unknown(found), width),
         _reasons(refusals, width),
     ]
@@ -151,18 +159,33 @@ def _span(shares: Sequence[str]) -> str:
 
 
 def _groups(groups: Sequence[GroupRow]) -> Iterator[Entry]:
-    shared = [row for row in groups if len(row.linears) > 1]
-    for _, rows in alike(shared, _group_key):
-        layers = [starred(list(column)) for column in zip(*(r.linears for r in rows), strict=True)]
-        read = starred([row.producer.path or row.producer.node for row in rows])
-        yield f"{len(rows)} x", (braced(layers), f"read {rows[0].family} {read}")
-    if rest := len(groups) - len(shared):
-        yield f"{rest} x", ("one layer alone reads its value",)
+    if groups:
+        kinds = alike(groups, lambda row: row.kind)
+        yield "in all", (", ".join(f"{len(rows)} {_KINDS[kind]}" for kind, rows in kinds),)
+    for _, rows in alike(groups, _group_key):
+        layers = _columns([row.linears for row in rows])
+        read = starred([row.source.path or row.source.node for row in rows])
+        yield f"{len(rows)} x", (layers, f"read {rows[0].family} {read}", _taken_up(rows))
 
 
-def _group_key(row: GroupRow) -> tuple[str, str, tuple[str, ...]]:
-    path = bare(row.producer.path) or row.producer.operator
-    return row.family, path, tuple(bare(linear) for linear in row.linears)
+def _group_key(row: GroupRow) -> tuple[Hashable, ...]:
+    path = bare(row.source.path) or row.source.operator
+    linears, producers = (tuple(map(bare, paths)) for paths in (row.linears, row.producers))
+    return row.kind, row.family, path, linears, producers, row.channels, row.scales
+
+
+def _taken_up(rows: Sequence[GroupRow]) -> str:
+    """Say who takes the scales of some groups alike up."""
+    row = rows[0]
+    if not row.producers:
+        more = f", and {len(rows) - 1} more alike" if len(rows) > 1 else ""
+        return _KINDS[row.kind] + (f": {row.pinned}{more}" if row.pinned else "")
+    tied = f"{row.scales} scales for {row.channels} channels, " if row.kind == "tied" else ""
+    return f"{tied}folded into {_columns([row.producers for row in rows])}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    return braced([starred(list(column)) for column in zip(*rows, strict=True)])
 
 
 def _unknown(found: "Explanation") -> Iterator[Entry]:

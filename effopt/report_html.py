@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from effopt.markup import Child, Markup, island, join, tag
+from effopt.markup import Markup, island, join, tag
 from effopt.plain import bytes_text, change_text, count_text, figure, time_text
 from effopt.report import Latency, Quality, StepRecord
+from effopt.report_layers_html import layer_tables
+from effopt.report_parts import section, table, wide
 from effopt.report_style import STYLE
 from effopt.report_svg import Site, latency_picture, stages_picture, tokens_picture
 from effopt.report_text import bounds_text, latency_caption, speedup_text, step_words
@@ -32,6 +34,7 @@ def render(report: "Report") -> str:
         _quality(report.quality),
         _steps(report.steps),
         _tokens(report.steps),
+        layer_tables(report.steps),
         _stages(report),
         _files(report),
         _environment(report),
@@ -97,28 +100,6 @@ def _messages(report: "Report") -> Markup:
     return join(pending if report.pending else None, *notes)
 
 
-def _section(title: str, *parts: Child) -> Markup:
-    return tag("section", tag("h2", title), *parts)
-
-
-def _wide(part: Markup) -> Markup:
-    """Let a picture or a table scroll sideways in a narrow window."""
-    return tag("div", part, class_="wide")
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Child]], left: int = 1) -> Markup:
-    """Make a table; the first `left` columns are words, the rest figures set to the right."""
-    kinds = ["word" if n < left else "figure" for n in range(len(columns))]
-    head = [
-        tag("th", name, class_=kind, scope="col") for name, kind in zip(columns, kinds, strict=True)
-    ]
-    body = [
-        tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)))
-        for row in rows
-    ]
-    return _wide(tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body)))
-
-
 def _latency(rows: Sequence[Latency]) -> Markup:
     if not rows:
         return Markup()
@@ -139,7 +120,7 @@ def _latency(rows: Sequence[Latency]) -> Markup:
     caption = tag(
         "p", f"{latency_caption(rows)}. Whiskers: middle half of the calls.", class_="soft small"
     )
-    return _section("Latency", _wide(latency_picture(rows)), _table(columns, cells), caption)
+    return section("Latency", wide(latency_picture(rows)), table(columns, cells), caption)
 
 
 def _quality(rows: Sequence[Quality]) -> Markup:
@@ -150,7 +131,7 @@ def _quality(rows: Sequence[Quality]) -> Markup:
         (row.metric, row.data or "-", figure(row.value, 5), _bounds(row), str(row.samples))
         for row in rows
     )
-    return _section("Quality", _table(columns, cells, left=2))
+    return section("Quality", table(columns, cells, left=2))
 
 
 def _bounds(row: Quality) -> str:
@@ -170,7 +151,7 @@ def _steps(rows: Sequence[StepRecord]) -> Markup:
         )
         for row in rows
     )
-    return _section("Steps", _table(("Pass", "", "What it did", "Nodes", "Seconds"), cells, left=3))
+    return section("Steps", table(("Pass", "", "What it did", "Nodes", "Seconds"), cells, left=3))
 
 
 def _words(row: StepRecord) -> list[str]:
@@ -199,7 +180,7 @@ def _tokens(rows: Sequence[StepRecord]) -> Markup:
     pictures = [
         join(
             tag("p", tag("code", row.spec), class_="small"),
-            _wide(tokens_picture(sites)),
+            wide(tokens_picture(sites)),
         )
         for row in rows
         if (sites := _sites(row))
@@ -212,7 +193,7 @@ def _tokens(rows: Sequence[StepRecord]) -> Markup:
         "tokens out, at each site",
         class_="soft small",
     )
-    return _section("Tokens by block", *pictures, legend) if pictures else Markup()
+    return section("Tokens by block", *pictures, legend) if pictures else Markup()
 
 
 def _stages(report: "Report") -> Markup:
@@ -220,20 +201,20 @@ def _stages(report: "Report") -> Markup:
         return Markup()
     total = sum(stage.seconds for stage in report.stages)
     caption = tag("p", f"{total:.1f} s in all.", class_="soft small")
-    return _section("Time by stage", _wide(stages_picture(report.stages)), caption)
+    return section("Time by stage", wide(stages_picture(report.stages)), caption)
 
 
 def _files(report: "Report") -> Markup:
     if not report.files:
         return Markup()
     rows = ((tag("code", name), bytes_text(size)) for name, size in report.files.items())
-    return _section("Files", _table(("File", "Size"), rows))
+    return section("Files", table(("File", "Size"), rows))
 
 
 def _environment(report: "Report") -> Markup:
     rows = [(key, str(value)) for key, value in report.environment.items()]
     rows += [("peak memory", f"{figure(report.peak_rss_mb)} MiB")] if report.peak_rss_mb else []
-    return _section("Environment", _table(("What", "Which"), rows, left=2)) if rows else Markup()
+    return section("Environment", table(("What", "Which"), rows, left=2)) if rows else Markup()
 
 
 def _footer(report: "Report") -> Markup:

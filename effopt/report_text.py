@@ -9,8 +9,18 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from effopt.plain import bytes_text, change_text, clean, clean_lines, count_text, figure, time_text
+from effopt.plain import (
+    bytes_text,
+    change_text,
+    clean,
+    clean_lines,
+    count_text,
+    figure,
+    shorten,
+    time_text,
+)
 from effopt.report import Latency, Quality, StepRecord
+from effopt.report_layers import CAPTION, Layers, error_text, read_layers, some, worst_error
 
 if TYPE_CHECKING:
     from effopt.report import Report
@@ -19,6 +29,12 @@ Row = Sequence[str]
 
 _LEAST = 8
 """The least width of a column of words."""
+
+_WORST = 5
+"""How many layers of the largest errors are named."""
+
+_PATH = 40
+"""The most characters of a layer's path."""
 
 
 def render(report: "Report", width: int) -> str:
@@ -75,7 +91,9 @@ def _parts(report: "Report") -> Iterable[RenderableType]:
     if report.pending:
         yield Text(f"pending: {clean(report.pending)}")
     yield Text("")
-    tables = (_latency(report.latency), _quality(report.quality), _steps(report.steps))
+    tables = [_latency(report.latency), _quality(report.quality), _steps(report.steps)]
+    for layers in read_layers(report.steps):
+        tables += [_weights(layers), _worst(layers)]
     for made in tables:
         if made.row_count:
             yield made
@@ -172,6 +190,33 @@ def step_words(row: StepRecord) -> list[str]:
     if row.skipped:
         return [f"skipped: {row.skipped}", *row.notes]
     return list(row.notes) or ["changed the graph" if row.changed else "nothing to do"]
+
+
+def _weights(layers: Layers) -> Table:
+    cells = [
+        (words, str(len(rows)), error_text(worst_error(rows))) for words, rows in layers.counts
+    ]
+    cells += [
+        (f"float: {clean(reason)}\n{shorten(clean(some(paths)), 2 * _PATH)}", f"{len(paths)}", "-")
+        for reason, paths in layers.left
+    ]
+    return table(f"Layers of {clean(layers.spec)}", ("weights", "layers", "largest error"), cells)
+
+
+def _worst(layers: Layers) -> Table:
+    cells = (
+        (
+            shorten(clean(row.path), _PATH),
+            f"{row.inputs} -> {row.outputs}",
+            clean(row.measured_on) or "-",
+            error_text(row.error),
+        )
+        for row in layers.worst(_WORST)
+    )
+    made = table("Largest errors", ("layer", "size", "measured on", "error"), cells, left=3)
+    made.caption = Text(CAPTION)
+    made.caption_justify = "left"
+    return made
 
 
 def _footer(report: "Report") -> str:

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from effopt.attention import SDPA, qkv_of
 from effopt.edit import Edit
+from effopt.errors import PreconditionError, UsageError
 from effopt.kernel import kernel
 from effopt.passes.awq import search_clip
 from effopt.passes.gptq import gptq
@@ -16,6 +17,7 @@ from effopt.passes.quantizable import LINEAR, Layer
 from effopt.passes.quantization_plan import Plan
 from effopt.passes.rounding import Grid, Rounded, round_weight
 from effopt.passes.weight_formats import power_of_two, reconstruct, two_of_four
+from effopt.program import where
 
 TINY = 1e-30
 """A layer whose outputs are all 0 has no error."""
@@ -46,7 +48,10 @@ def quantize_layer(
         edit.update(layer.node, now, held, *([layer.bias] if layer.bias else []))
         return _row(layer, weight, values, plan.grid, seen)
     if name not in known:
-        made = _rounded(layer, weight, plan, seen)
+        try:
+            made = _rounded(layer, weight, plan, seen)
+        except UsageError as error:
+            raise PreconditionError(where(layer.node), error.reason, error.remedy) from error
         known[name] = made, _constants(edit, name.replace(".", "_"), made)
     rounded, parts = known[name]
     with edit.before(layer.node):

@@ -16,12 +16,15 @@ from effopt.passes.layer_rounding import Known, quantize_layer
 from effopt.passes.layer_statistics import LayerStatistics, observe, static_ranges
 from effopt.passes.observers import OBSERVERS
 from effopt.passes.quantizable import Layer, layers_of
-from effopt.passes.quantization_plan import Plan
+from effopt.passes.quantization_plan import Plan, refused_by
 from effopt.passes.rounding import Grid
 from effopt.passes.schemes import SCHEMES
 from effopt.passes.sensitivity import most_sensitive
 from effopt.pipeline import Outcome
 from effopt.program import Program
+
+LEAST_BLOCK = 16
+"""The smallest block that engines take."""
 
 NO_RANGE = (1.0, 0)
 """Step and origin of activations whose range is not fixed beforehand."""
@@ -66,10 +69,19 @@ class Quantize:
                 raise unknown(name, getattr(self, name), known)
         if self.symmetric not in ("auto", True, False):
             raise UsageError(f"symmetric is {self.symmetric!r}", "write auto, true or false")
+        if self.group < -1:
+            raise UsageError(f"group is {self.group}", "give 0, a power of 2, or leave it out")
         if self.keep_float < 0 or self.least < 1 or not 0 <= self.alpha <= 1:
             given = f"keep-float={self.keep_float}, least={self.least}, alpha={self.alpha}"
             raise UsageError(given, "give keep-float from 0, least from 1, alpha from 0 to 1")
+        if 0 < self.group < LEAST_BLOCK:
+            raise UsageError(
+                f"group is {self.group}", f"give 0, or a power of 2 from {LEAST_BLOCK}"
+            )
         integers = SCHEMES[self.scheme].activations != "float"
+        if integers and self.symmetric is False:
+            reason = f"{self.scheme} multiplies integer activations by weights around 0 alone"
+            raise UsageError(reason, "leave symmetric out")
         if integers and self.group > 0:
             reason = f"{self.scheme} has one scale a row of weights, not one for {self.group}"
             raise UsageError(reason, "leave group out, or choose int8-weight")
@@ -84,8 +96,11 @@ class Quantize:
             reason = f"{self.scheme} chooses by what flows through the model, and has no data"
             remedy = "pass calibration=, or --calibration FILE; int8-dynamic and int4-rtn need none"
             return [PreconditionError("model", reason, remedy)]
+        plan = self._plan(program)
+        if refusal := refused_by(program.target, plan):
+            return [refusal]
         layers, left = layers_of(program, self.least, self.heads)
-        if any(map(self._plan(program).fits, layers)):
+        if any(map(plan.fits, layers)):
             return []
         why = "; ".join(f"{path}: {reason}" for path, reason in list(left.items())[:3])
         reason = f"no linear layer to quantize ({why or 'there is none'})"
@@ -119,18 +134,24 @@ class Quantize:
             for layer in layers
         ]
         edit.close()
-        note = f"{len(rows)} layers on {plan.words()}; {len(left)} stay in float"
-        return Outcome(True, (note,), {"layers": rows, "groups": groups, "float": left})
+        facts = {"layers": rows, "groups": groups, "float": left}
+        notes = [f"{len(rows)} layers on {plan.words(rows)}; {len(left)} stay in float"]
+        if plan.scaling and program.calibration is None:
+            notes.append("no calibration data: outliers stay in the activations")
+        return Outcome(True, tuple(notes), facts)
 
-    def _grid(self, symmetric: bool) -> Grid:
+    def _grid(self, symmetric: bool, gpu: bool = False) -> Grid:
         scheme = SCHEMES[self.scheme]
-        return Grid(scheme.bits, scheme.group if self.group < 0 else self.group, symmetric)
+        own = 0 if gpu and scheme.bits == 8 else scheme.group
+        return Grid(scheme.bits, own if self.group < 0 else self.group, symmetric)
 
     def _plan(self, program: Program) -> Plan:
         scheme = SCHEMES[self.scheme]
         both = program.target is not None and program.target.asymmetric and scheme.bits == 4
+        gpu = program.target is not None and program.target.gpu
         symmetric = not both if self.symmetric == "auto" else bool(self.symmetric)
         activations = scheme.activations if self.activations == "auto" else self.activations
         return Plan(
-            scheme, self._grid(symmetric), activations, self.clip, self.alpha, self.observer
+            *(scheme, self._grid(symmetric, gpu), activations),
+            *(self.clip, self.alpha, self.observer),
         )

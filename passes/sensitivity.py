@@ -5,17 +5,22 @@ sentence encoder), so the whole program runs once for each layer.
 """
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from effopt.errors import PreconditionError
 from effopt.kernel import kernel
 from effopt.passes.quantizable import Layer
 from effopt.passes.quantization_plan import Plan
 from effopt.passes.rounding import Rounded, round_weight
 from effopt.program import Program
+
+TINY = 1e-30
+"""Outputs that are all 0 have no error."""
 
 
 class _Instead(Interpreter):
@@ -36,9 +41,10 @@ class _Instead(Interpreter):
 
 
 def losses(program: Program, layers: Sequence[Layer], plan: Plan) -> dict[Node, float]:
-    """Return 1 - cosine of the outputs when each layer alone is rounded to nearest.
+    """Return the relative squared error of the outputs when each layer alone is rounded.
 
-    Measured on the program's samples. Static ranges count as ranges by tensor.
+    To nearest, on the program's samples; the worst of all floating outputs counts. Static ranges
+    count as ranges by tensor. An error that is no number is infinite.
     """
     want = program.run(program.samples)
     activations = "tensor" if plan.activations == "static" else plan.activations
@@ -52,18 +58,30 @@ def losses(program: Program, layers: Sequence[Layer], plan: Plan) -> dict[Node, 
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
-    """Return 1 - the mean cosine of the samples' outputs; 0 for outputs that are no floats."""
+    """Return |got - want|^2 / |want|^2 where both are finite; 0 for outputs that are no floats."""
     if not want.is_floating_point() or not want.numel():
         return 0.0
-    first, second = (part.double().reshape(len(part), -1) for part in (got, want))
-    return 1 - float(torch.nn.functional.cosine_similarity(first, second).mean())
+    both = got.isfinite() & want.isfinite()
+    if not bool((got.isfinite() == want.isfinite()).all()):
+        return inf
+    change, whole = ((torch.where(both, x, 0.0)).double() for x in (got - want, want))
+    return float(change.square().sum() / whole.square().sum().clamp_min(TINY))
 
 
 def most_sensitive(
     program: Program, layers: Sequence[Layer], plan: Plan, count: int
 ) -> list[Layer]:
-    """Return the layers that lose most, the worst first; of equals the earlier one."""
+    """Return the layers that lose most, the worst first; of equals the earlier one.
+
+    Raises PreconditionError where so many would leave no layer, or where no output tells.
+    """
     if not count:
         return []
+    if count >= len(layers):
+        reason = f"keep-float={count} leaves none of {len(layers)} layers to quantize"
+        raise PreconditionError("model", reason, "keep fewer layers in float")
     found = losses(program, layers, plan)
+    if not any(found.values()):
+        reason = "no floating output changes when a layer is quantized, so none is sensitive"
+        raise PreconditionError("model", reason, "let the model return its logits too")
     return sorted(layers, key=lambda layer: -found[layer.node])[:count]

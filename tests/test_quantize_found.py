@@ -1,0 +1,111 @@
+"""What review found in quantize: each is a test by its name."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from effopt.calibration import read_calibration
+from effopt.capture import capture
+from effopt.errors import PreconditionError
+from effopt.pipeline import Pipeline
+from effopt.recipe import steps_of
+from effopt.target import target
+from tests.test_quantize import WIDTH, Net, batches, distance, inputs, layers, quantized
+
+
+class Chained(Net):
+    """A layer that reads another at once; outputs that are conditions, and that hide by -inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for block in self.blocks:
+            x = block(x + self.high(self.low(x)))
+        logits = self.head(self.norm(x[:, 0]))
+        hidden = torch.arange(WIDTH) % 2 == 0
+        return logits, logits.masked_fill(hidden, -torch.inf), logits > 0
+
+
+@pytest.mark.parametrize("scheme", ["int4-rtn", "int4-awq", "int8-static"])
+def test_layers_in_a_row_and_outputs_of_all_kinds(scheme: str) -> None:
+    made, record, before = quantized(f"quantize{{scheme={scheme}}}", Chained())
+    assert {"low", "high"} <= {row["path"] for row in record.facts["layers"]}
+    assert distance(made, before) < 0.5
+
+
+def test_half_precision_models_are_folded_within_their_precision() -> None:
+    net = Net().half().eval()
+    made = replace(capture(net, inputs(2).half()), target=target("cpu"))
+    made = replace(made, calibration=read_calibration((x.half() for x in batches()), made))
+    after, records = Pipeline(steps_of("quantize{scheme=int4-awq}")).run(made)
+    assert records[-1].facts["groups"]
+    assert after.run((inputs(2).half(),))[0].dtype == torch.float16
+
+
+class Rates(Net):
+    """One number a sample, and one for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Linear(WIDTH, 1)
+        with torch.no_grad():  # one weight beside which all others of its row round to nothing
+            self.blocks[1].up.weight[:, 3] *= 200
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        rates = self.rate(self.norm(x[:, 0]))
+        return rates, rates.mean()
+
+
+def test_sensitivity_of_one_number_a_sample() -> None:
+    _, record, _ = quantized("quantize{scheme=int4-rtn,group=0,keep-float=1}", Rates())
+    assert record.facts["float"]["blocks.1.up"] == "one of the most sensitive layers"
+
+
+class Picks(Net):
+    """Only the place of the largest logit, which no small change moves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(-1)
+
+
+def test_sensitivity_that_no_output_shows_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="no floating output"):
+        quantized("quantize{scheme=int4-rtn,keep-float=1}", Picks())
+
+
+def test_a_float_layer_for_every_layer_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="leaves none of 12 layers"):
+        quantized("quantize{scheme=int4-rtn,keep-float=12}")
+
+
+REFUSED = {
+    "quantize{scheme=int8-dynamic}": "choose int8-static",
+    "quantize{scheme=int4-rtn,symmetric=false}": "leave symmetric out",
+    "quantize{scheme=int4-rtn,group=32}": "group=64",
+    "quantize{scheme=int8-weight,group=64}": "group=0",
+}
+
+
+@pytest.mark.parametrize("spec", REFUSED)
+def test_what_a_gpu_cannot_run_is_refused_before_any_work(spec: str) -> None:
+    with pytest.raises(PreconditionError) as caught:
+        quantized(spec, machine="a100")
+    assert REFUSED[spec] in caught.value.remedy
+
+
+def test_a_gpu_gets_ranges_around_zero_and_whole_rows() -> None:
+    made, _, _ = quantized("quantize{scheme=int8-static}", machine="a100")
+    assert {node.args[9] for node in layers(made)} == {128}
+    _, record, _ = quantized("quantize{scheme=int8-weight}", machine="a100")
+    assert {row["group"] for row in record.facts["layers"]} == {WIDTH, 2 * WIDTH}
+
+
+def test_scaling_without_data_is_said() -> None:
+    _, record, _ = quantized("quantize{scheme=int8-dynamic}", data=False)
+    assert record.notes[1] == "no calibration data: outliers stay in the activations"
