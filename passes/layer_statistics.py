@@ -1,6 +1,6 @@
 """What calibration showed of the inputs of linear layers, and what scaling makes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,27 @@ class LayerStatistics:
             most=self.most / scale,
             hessian=hessian,
         )
+
+    def joined(self, other: "LayerStatistics") -> "LayerStatistics":
+        """Return the statistics of both inputs, for a weight that two layers share."""
+        summed = None
+        if self.hessian is not None and other.hessian is not None:
+            summed = self.hessian + other.hessian
+        counts = len(self.rows), len(other.rows)
+        mean = (self.mean * counts[0] + other.mean * counts[1]) / sum(counts)
+        rows, most = torch.cat([self.rows, other.rows]), torch.maximum(self.most, other.most)
+        return LayerStatistics(rows, mean, most, summed)
+
+
+def by_weight(
+    layers: Sequence[Layer], seen: Mapping[Node, LayerStatistics]
+) -> dict[Node, LayerStatistics]:
+    """Give layers that share a weight the statistics of all their inputs."""
+    found: dict[object, LayerStatistics] = {}
+    for layer in layers:
+        own, path = seen[layer.node], layer.weight.target
+        found[path] = found[path].joined(own) if path in found else own
+    return {layer.node: found[layer.weight.target] for layer in layers}
 
 
 def observe(program: Program, layers: Sequence[Layer], plan: Plan) -> dict[Node, LayerStatistics]:

@@ -13,7 +13,7 @@ from effopt.edit import Edit
 from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.passes.channel_scales import fold_scales
 from effopt.passes.layer_rounding import Known, quantize_layer
-from effopt.passes.layer_statistics import LayerStatistics, observe, static_ranges
+from effopt.passes.layer_statistics import LayerStatistics, by_weight, observe, static_ranges
 from effopt.passes.observers import OBSERVERS
 from effopt.passes.quantizable import Layer, layers_of
 from effopt.passes.quantization_plan import Plan, refused_by
@@ -123,6 +123,7 @@ class Quantize:
             if plan.scaling:
                 seen, groups = fold_scales(edit, layers, plan, known)
                 layers = [Layer.of(layer.node) for layer in layers]
+            seen = by_weight(layers, seen)
         static = {}
         if plan.activations == "static":
             static = static_ranges(program, layers, plan.observer)

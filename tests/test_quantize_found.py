@@ -109,3 +109,10 @@ def test_a_gpu_gets_ranges_around_zero_and_whole_rows() -> None:
 def test_scaling_without_data_is_said() -> None:
     _, record, _ = quantized("quantize{scheme=int8-dynamic}", data=False)
     assert record.notes[1] == "no calibration data: outliers stay in the activations"
+
+
+def test_a_shared_weight_is_fitted_to_all_its_inputs() -> None:
+    plain, _, before = quantized("quantize{scheme=int4-rtn}", Net(shared=True))
+    fitted, record, _ = quantized("quantize{scheme=int4-gptq}", Net(shared=True))
+    assert {row["measured_on"] for row in record.facts["layers"]} >= {"320 tokens"}
+    assert distance(fitted, before) < distance(plain, before)
