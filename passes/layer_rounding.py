@@ -39,7 +39,7 @@ def quantize_layer(
     `static` are step and origin of its inputs. Layers that share a weight (the same path in the
     module) share its codes: `known` keeps them.
     """
-    now = Layer.of(layer.node).source  # another layer, which was replaced by now, may have made it
+    now = layer.now().source  # another layer, which was replaced by now, may have made it
     weight = edit.program.weight(layer.weight).detach()
     name = str(layer.weight.target)
     if plan.scheme.rounding in FLOATS:

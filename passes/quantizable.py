@@ -1,5 +1,6 @@
 """Which linear layers can be quantized: their node, weight and bias, and why others stay float."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,22 +17,26 @@ LINEAR = aten.linear.default
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer y = x W^T + b: W [N, K] is `weight`, b [N] `bias` or None."""
+    """A linear layer y = x W^T + b: W [N, K] is `weight`, b [N] `bias` or None.
+
+    `path` is the module that it comes from, with the node's name where a module has several.
+    """
 
     node: Node
     source: Node
     weight: Node
     bias: Node | None
+    path: str
 
     @staticmethod
-    def of(node: Node) -> "Layer":
-        """Read a linear node as it is now."""
-        return Layer(node, *(argument(node, name) for name in ("input", "weight", "bias")))
+    def of(node: Node, path: str) -> "Layer":
+        """Read a linear node."""
+        source, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
+        return Layer(node, source, weight, bias, path)
 
-    @property
-    def path(self) -> str:
-        """The module that the layer comes from, or else the node's name."""
-        return module_path(self.node) or self.node.name
+    def now(self) -> "Layer":
+        """Read the node again, after the graph was changed."""
+        return Layer.of(self.node, self.path)
 
     @property
     def columns(self) -> int:
@@ -52,27 +57,28 @@ def layers_of(program: Program, least: int, heads: bool) -> tuple[list[Layer], d
     """
     inner = set() if heads else _inner(program)
     found, left = list[Layer](), dict[str, str]()
-    for node in program.nodes():
-        if node.target is not LINEAR:
-            continue
-        reason = _why_not(node, least, heads, inner)
-        if reason:
-            left[module_path(node) or node.name] = reason
+    nodes = [node for node in program.nodes() if node.target is LINEAR]
+    modules = Counter(map(module_path, nodes))
+    for node in nodes:
+        path = module_path(node)
+        named = f"{path} ({node.name})" if path else node.name
+        layer = Layer.of(node, path if path and modules[path] == 1 else named)
+        if reason := _why_not(layer, least, heads, inner):
+            left[layer.path] = reason
         else:
-            found.append(Layer.of(node))
+            found.append(layer)
     return found, left
 
 
-def _why_not(node: Node, least: int, heads: bool, inner: set[Node]) -> str:
+def _why_not(layer: Layer, least: int, heads: bool, inner: set[Node]) -> str:
     """Say why a linear layer stays in float, or ""."""
-    layer = Layer.of(node)
     if layer.weight.op != "get_attr" or (layer.bias is not None and layer.bias.op != "get_attr"):
         return "its weight is computed"
     if len(shape(layer.weight)) != 2 or not value(layer.weight).is_floating_point():
         return "its weight is no float matrix"
     if min(layer.columns, layer.outputs) < least:
         return f"it has fewer than {least} inputs or outputs"
-    return "" if heads or node in inner else "it is a head: no other layer reads its output"
+    return "" if heads or layer.node in inner else "it is a head: no other layer reads its output"
 
 
 def _inner(program: Program) -> set[Node]:

@@ -15,7 +15,7 @@ from effopt.passes.channel_scales import fold_scales
 from effopt.passes.layer_rounding import Known, quantize_layer
 from effopt.passes.layer_statistics import LayerStatistics, by_weight, observe, static_ranges
 from effopt.passes.observers import OBSERVERS
-from effopt.passes.quantizable import Layer, layers_of
+from effopt.passes.quantizable import layers_of
 from effopt.passes.quantization_plan import Plan, refused_by
 from effopt.passes.rounding import Grid
 from effopt.passes.schemes import SCHEMES
@@ -122,7 +122,7 @@ class Quantize:
             seen = {layer.node: known[layer.source] for layer in layers}
             if plan.scaling:
                 seen, groups = fold_scales(edit, layers, plan, known)
-                layers = [Layer.of(layer.node) for layer in layers]
+                layers = [layer.now() for layer in layers]
             seen = by_weight(layers, seen)
         static = {}
         if plan.activations == "static":

@@ -33,7 +33,8 @@ class Chained(Net):
 @pytest.mark.parametrize("scheme", ["int4-rtn", "int4-awq", "int8-static"])
 def test_layers_in_a_row_and_outputs_of_all_kinds(scheme: str) -> None:
     made, record, before = quantized(f"quantize{{scheme={scheme}}}", Chained())
-    assert {"low", "high"} <= {row["path"] for row in record.facts["layers"]}
+    names = [row["path"].split(" ")[0] for row in record.facts["layers"]]
+    assert names.count("low") == names.count("high") == 2
     assert distance(made, before) < 0.5
 
 
@@ -116,3 +117,11 @@ def test_a_shared_weight_is_fitted_to_all_its_inputs() -> None:
     fitted, record, _ = quantized("quantize{scheme=int4-gptq}", Net(shared=True))
     assert {row["measured_on"] for row in record.facts["layers"]} >= {"320 tokens"}
     assert distance(fitted, before) < distance(plain, before)
+
+
+def test_layers_of_one_module_are_listed_apart() -> None:
+    encoder = nn.TransformerEncoderLayer(WIDTH, 4, WIDTH, batch_first=True)
+    made, record, _ = quantized("quantize{scheme=int4-rtn,heads=true}", encoder)  # type: ignore[arg-type]
+    paths = [row["path"] for row in record.facts["layers"]]
+    assert len(paths) == len(set(paths)) == len(layers(made))
+    assert sum(path.startswith("self_attn (") for path in paths) == 2
