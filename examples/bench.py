@@ -1,6 +1,6 @@
-"""The benchmark: three models by four ways, converting a ViT-B, and analysis time by depth.
+"""The benchmark: three models by four ways, a conversion, analysis time, and integer engines.
 
-python -m examples.bench [--models digits,vit-s,bert,vit-b,depth] [--seconds S] [--json]
+python -m examples.bench [--models digits,vit-s,bert,vit-b,depth,integers] [--seconds S] [--json]
 """
 
 import argparse
@@ -25,9 +25,10 @@ from effopt.errors import EffoptError, unknown
 from effopt.measure import Cosine, cosine
 from effopt.plain import figure
 from effopt.report import Latency
-from examples import depth, footprint
+from examples import depth, footprint, integers
 from examples.digits.data import canvases
 from examples.digits.model import trained
+from examples.integer_models import CASES as INTEGER_CASES
 from examples.variants import (
     Tensors,
     Variant,
@@ -47,6 +48,8 @@ BATCHES = (1, 8)
 _ROWS = 16  # inputs on which outputs are compared; the first eight are timed
 FOOTPRINT = "vit-b"
 DEPTH = "depth"
+INTEGERS = "integers"
+MORE = (FOOTPRINT, DEPTH, INTEGERS)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def conversion_text(found: Mapping[str, Any], colour: bool) -> str:
 
 
 def _models(text: str) -> tuple[str, ...]:
-    known = (*CASES, FOOTPRINT, DEPTH)
+    known = (*CASES, *MORE)
     names = tuple(name.strip() for name in text.split(","))
     wrong = [name for name in names if name not in known]
     if wrong:
@@ -199,7 +202,7 @@ def _models(text: str) -> tuple[str, ...]:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="examples.bench", description=__doc__)
-    every = ",".join((*CASES, FOOTPRINT, DEPTH))
+    every = ",".join((*CASES, *MORE))
     parser.add_argument("--models", type=_models, default=every, help=f"of {every}")
     parser.add_argument(
         "--seconds", type=float, default=20.0, metavar="S", help="timing of each batch size"
@@ -232,6 +235,11 @@ def _run(
             curve = depth.measured(depth.LAYERS, 3, stage)
             document["depth"] = depth.document(curve)
             texts.append(depth.text(curve))
+            continue
+        if name == INTEGERS:
+            engines = integers.measured(tuple(INTEGER_CASES), (threads(),), seconds, stage)
+            document["integers"] = integers.document(engines)
+            texts.append(integers.text(engines))
             continue
         found = bench(CASES[name], seconds, stage)
         document["models"][name] = found.document()
