@@ -43,6 +43,8 @@ def fold_scales(
         if not own or (group.kind == "mul" and not plan.scheme.muls):
             continue
         scale, row = _chosen(program, group, own, plan, seen)
+        if row.get("ratio") == 0:
+            continue  # plain rounding was best: no scale, and no multiplication by ones
         chosen[group] = scale
         rows.append(row)
         wide = scale[torch.tensor(group.roots)]

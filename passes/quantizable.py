@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from effopt.attention import SDPA
 from effopt.axis_rules import argument
+from effopt.axis_table import family
 from effopt.program import Program, is_tensor, module_path, shape, value
 
 aten = torch.ops.aten
@@ -67,7 +68,25 @@ def layers_of(program: Program, least: int, heads: bool) -> tuple[list[Layer], d
             left[layer.path] = reason
         else:
             found.append(layer)
-    return found, left
+    return found, left | _other_products(program, least)
+
+
+def _other_products(program: Program, least: int) -> dict[str, str]:
+    """Return what multiplies by a weight and is no linear layer, such as a convolution."""
+    found = {}
+    for node in program.nodes():
+        if node.op != "call_function" or family(node) not in PRODUCTS:
+            continue
+        weights = [arg for arg in node.all_input_nodes if arg.op == "get_attr" and is_tensor(arg)]
+        large = [arg for arg in weights if value(arg).numel() >= least * least]
+        if large and node.target is not LINEAR:
+            named = f"{module_path(node)} ({node.name})".strip()
+            found[named] = f"{node.target} is no linear layer"
+    return found
+
+
+PRODUCTS = ("linear", "matmul", "einsum", "convolution", "transposed", "")
+"""Families of products with weights; "" are operators that no table knows, such as of experts."""
 
 
 def _why_not(layer: Layer, least: int, heads: bool, inner: set[Node]) -> str:

@@ -24,7 +24,7 @@ TINY = 1e-30
 
 
 class _Instead(Interpreter):
-    """Runs a program with one layer quantized, from the values that a float run left."""
+    """Runs a program with one layer quantized."""
 
     def __init__(self, program: Program, node: Node, rounded: Rounded, activations: str) -> None:
         super().__init__(program.module)
@@ -81,6 +81,9 @@ def most_sensitive(
         reason = f"keep-float={count} leaves none of {len(layers)} layers to quantize"
         raise PreconditionError("model", reason, "keep fewer layers in float")
     found = losses(program, layers, plan)
+    if inf in found.values():
+        reason = "an output is no finite number, with or without a layer quantized"
+        raise PreconditionError("model", reason, "give example inputs with finite outputs")
     if not any(found.values()):
         reason = "no floating output changes when a layer is quantized, so none is sensitive"
         raise PreconditionError("model", reason, "let the model return its logits too")
