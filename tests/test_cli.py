@@ -501,7 +501,13 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "effopt", "convert", "slow:make", "-o", "out", "--json"]
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as started:
         assert started.stderr is not None
         while "sleeping" not in (line := started.stderr.readline()):
