@@ -114,24 +114,15 @@ def mark(graph: Graph, kind: str) -> int:
     return opset
 
 
-def _marked(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group: int,
-    activations: str,
-    step: float,
-    origin: int,
-    name: str,
-) -> Tensor:
-    words: dict[str, Any] = {"bits": bits, "group": group, "activations": activations}
-    words |= {"step": step, "origin": origin, "linear": name}
+def _marked(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    """Stand for a linear in the trace; `rest` are scale, zero, bias, and the words of WORDS."""
+    inputs, words = (x, codes, *rest[:3]), dict(zip(WORDS, rest[3:], strict=True))
     shape = (*x.shape[:-1], codes.shape[0])
-    inputs = (x, codes, scale, zero, bias)
     return torch.onnx.ops.symbolic("::".join(MARKED), inputs, words, dtype=x.dtype, shape=shape)
+
+
+WORDS = ("bits", "group", "activations", "step", "origin", "linear")
+"""What a marker says of its linear, beside the tensors."""
 
 
 def _form(node: Node, given: Mapping[str, Any], kind: str) -> Form:

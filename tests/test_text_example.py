@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from effopt.errors import UsageError
+from examples.checkpoints import save
 from examples.text import data, model, quality, tokens
-from examples.text.train import Recipe, batches, corpus, embed, save
+from examples.text.train import Recipe, batches, corpus, embed
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_saving_rounds_to_half_precision_and_no_further(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = model.load()
-    save(made, tmp_path / "again.safetensors")
+    save(made, tmp_path / "again.safetensors", torch.float16)
     monkeypatch.setattr(model, "CHECKPOINT", tmp_path / "again.safetensors")
     again = model.load().state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in made.state_dict().items())

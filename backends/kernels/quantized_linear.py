@@ -5,6 +5,7 @@ QuantizeLinear. Engines have special forms for it (`effopt.backends.quantized`).
 """
 
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,24 +49,22 @@ def quantized_linear(
     contradict each other; activations other than "float" take one scale a row of W: group == K.
     """
     _check(codes, scale, zero, bits, group, activations, step, origin)
-    return _meaning(x, codes, scale, zero, bias, bits, group, activations, step, origin)
+    return _meaning(x, codes, scale, zero, bias, group, activations, step, origin)
 
 
 @quantized_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group: int,
-    activations: str,
-    step: float,
-    origin: int,
-) -> Tensor:
-    _check(codes, scale, zero, bits, group, activations, step, origin)
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> Tensor:
+    _, *scheme = rest
+    _check(codes, scale, zero, *scheme)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def lowering(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *scheme: Any
+) -> Tensor:
+    """Compute what the operator means; `scheme` are its bits, group, activations, step, origin."""
+    _, *rest = scheme
+    return _meaning(x, codes, scale, zero, bias, *rest)
 
 
 def _meaning(
@@ -74,7 +73,6 @@ def _meaning(
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
-    bits: int,
     group: int,
     activations: str,
     step: float,
@@ -175,4 +173,4 @@ def samples() -> list[tuple[object, ...]]:
     ]
 
 
-KERNEL = Kernel(torch.ops.effopt.quantized_linear.default, _meaning, axes, samples, 1e-6)
+KERNEL = Kernel(torch.ops.effopt.quantized_linear.default, lowering, axes, samples, 1e-6)

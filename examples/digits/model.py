@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from examples.checkpoints import load
 
 CHECKPOINT = Path(__file__).with_name("digits.safetensors")
 
@@ -142,12 +143,7 @@ def trained() -> tuple[nn.Module, tuple[Tensor, ...]]:
     Raises:
         FileNotFoundError: if the checkpoint has not been trained yet.
     """
-    if not CHECKPOINT.is_file():
-        raise FileNotFoundError(
-            f"{CHECKPOINT} is missing: make it with `python -m examples.digits.train`"
-        )
-    model = DigitsViT()
-    model.load_state_dict(load_file(CHECKPOINT))
+    model = load(DigitsViT(), CHECKPOINT, "examples.digits.train")
     size = model.config.image_size
     generator = torch.Generator().manual_seed(0)
-    return model.eval(), (torch.rand(2, 1, size, size, generator=generator),)
+    return model, (torch.rand(2, 1, size, size, generator=generator),)

@@ -5,22 +5,19 @@ digit it belongs to, if any (the head for that is not saved). And early steps se
 besides those of the digit, which is both cheaper and easier; the last ones see whole canvases.
 """
 
-import argparse
 import copy
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from examples.checkpoints import save, training_parser
 from examples.digits.data import Floats, Ints, Scenes, canvases, evaluation_set, scenes
 from examples.digits.model import CHECKPOINT, DigitsViT
 
@@ -179,25 +176,11 @@ def train(recipe: Recipe, seed: int) -> DigitsViT:
     return average.eval()
 
 
-def save(model: nn.Module, path: Path) -> None:
-    """Write a model's weights as safetensors, replacing the file in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(model.state_dict(), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save the checkpoint and print the accuracy on the test set."""
-    parser = argparse.ArgumentParser(
-        description="Train the digit model on two CPU threads and save its weights.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = training_parser(
+        "Train the digit model on two CPU threads and save its weights.", CHECKPOINT, Recipe.steps
     )
-    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all randomness in training")
     options = parser.parse_args(arguments)
     torch.set_num_threads(2)
     model = train(Recipe(steps=options.steps), options.seed)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from examples import checkpoints
 from examples.text.data import encode, sentences
 from examples.text.tokens import LENGTH, vocabulary
 
@@ -61,14 +61,7 @@ def load() -> SentenceEncoder:
     Raises:
         FileNotFoundError: if the checkpoint has not been trained yet.
     """
-    if not CHECKPOINT.is_file():
-        raise FileNotFoundError(
-            f"{CHECKPOINT} is missing: make it with `python -m examples.text.train`"
-        )
-    model = SentenceEncoder()
-    weights = load_file(CHECKPOINT)
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    return model.eval()
+    return checkpoints.load(SentenceEncoder(), CHECKPOINT, "examples.text.train")
 
 
 def sentence_encoder() -> tuple[nn.Module, dict[str, Tensor]]:

@@ -5,23 +5,20 @@ Oord et al., 2018, arXiv 1807.03748), and, in the same pass, the words hidden fr
 al., 2018, arXiv 1810.04805). The head for the latter shares the word embeddings and is not saved.
 """
 
-import argparse
 import math
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from examples.checkpoints import save, training_parser
 from examples.text.data import Passage, Split, encode, sentences, training_passages
 from examples.text.model import CHECKPOINT, SentenceEncoder
 from examples.text.quality import retrieval
@@ -221,17 +218,6 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(weight, 1 - decay)
 
 
-def save(model: nn.Module, path: Path) -> None:
-    """Write a model's weights in float16 as safetensors, replacing the file in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        weights = {name: weight.half() for name, weight in model.state_dict().items()}
-        save_file(weights, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def learn_vocabulary(size: int) -> None:
     """Write the vocabulary of the training text."""
     text = (sentence for passage in training_passages() for sentence in passage)
@@ -241,20 +227,18 @@ def learn_vocabulary(size: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save the checkpoint and print the retrieval figure of the evaluation sentences."""
-    parser = argparse.ArgumentParser(
-        description="Train the sentence encoder on one CPU thread and save its weights.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = training_parser(
+        "Train the sentence encoder on one CPU thread and save its weights.",
+        CHECKPOINT,
+        Recipe.steps,
     )
-    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all randomness in training")
     parser.add_argument("--pieces", type=int, help="learn the vocabulary anew, of this size, first")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.pieces is not None:
         learn_vocabulary(options.pieces)
     model = train(Recipe(steps=options.steps), options.seed)
-    save(model, options.output)
+    save(model, options.output, torch.float16)
     found = score(model, "evaluation")
     print(f"{found:.1%} of 512 sentences find their neighbour; weights in {options.output}")
 
