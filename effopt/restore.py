@@ -52,11 +52,13 @@ class Restore:
         return self.made[out]
 
     def _whole(self, out: Node, epoch: int) -> Node:
-        axis = self.state.axis
+        axis, reductions = self.state.axis, self.state.reductions
+        while epoch and self.state.places[epoch - 1] is out and reductions[epoch - 1].group is None:
+            epoch -= 1  # those that were dropped here left with the value that is asked for
         spots = axis.tokens.on(out).values()
         if not epoch or all(isinstance(s, Range) and not covers(s, axis) for s in spots):
             return self.state.at(out, epoch)
-        merged = all(reduction.group for reduction in self.state.reductions[:epoch])
+        merged = all(reduction.group for reduction in reductions[:epoch])
         if merged and self._marks_its_own(out):
             return self._rerun(out, merged)
         restored = self._copied(out, epoch) if merged else self._scattered(out, epoch)

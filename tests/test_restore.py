@@ -13,6 +13,8 @@ from effopt.sites import find_tokens
 from tests import spellings
 from tests.check import Check
 from tests.eager import Step, Tokens, encode, merge, prune
+from tests.fuzz.judge import judge
+from tests.fuzz.spec import Spec
 from tests.spellings import WIDTH, Net, turned
 
 ULPS = 32
@@ -123,3 +125,16 @@ def test_the_other_run_of_blocks_says_why_it_is_left_out() -> None:
     assert refusal.reason == (
         "all tokens are needed between this block and the run of blocks that is reduced"
     )
+
+
+@pytest.mark.parametrize(
+    "spec", ["prune-tokens{keep=0.5,sites=[1]}", "merge-tokens{r=2,sites=[1]}"]
+)
+def test_the_value_that_a_site_reduces_is_known_whole(spec: str) -> None:
+    """Here the last norm is the site, in another order of dims than the stream; found by fuzzing.
+
+    Tokens that were dropped there left with the very value that the head reads.
+    """
+    found = judge(Spec(out="similar", tokens_first=True, order="parallel"), (spec,))
+    assert found.faults == {}
+    assert spec in found.right
