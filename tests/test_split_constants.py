@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from effopt.axes import find_axes
 from effopt.passes.recipes import NORMAL_FORM
 from tests.check import Check
-from tests.test_found import TOKENS, WIDTH, Block, Model, judged, x
+from tests.judged import TOKENS, WIDTH, Block, Model, judged, x
 
 
 class Shared(nn.Module):
