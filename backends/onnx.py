@@ -34,14 +34,13 @@ def write(
     """
     from effopt.backends.onnx_file import save
     from effopt.backends.onnx_lower import lower
-    from effopt.backends.quantized import kind_of
 
     known = {
         "effopt.version": importlib.metadata.version("effopt"),
         "effopt.passes": ",".join(program.history),
         **(provenance or {}),
     }
-    kind = kind_of(target) if target else "portable"
+    kind = target.kind if target else "portable"
     return save(lower(program, kind), program.signature, folder, known, extended=kind == "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Quantized linears on their way to ONNX: which form each kind of target gets, and who is refused.
+"""Quantized linears on their way to ONNX: which form each kind of machine gets.
 
 Ahead of the trace a linear becomes one node without a form (`mark`), so that its integer weights
 stay as they are; in the ONNX graph that node gives way to its form (`expand`), with the weights
@@ -19,8 +19,8 @@ from effopt.backends import quantized_forms as forms
 from effopt.backends.quantized_draft import MICROSOFT, Draft, Linear
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
+from effopt.products import Limit, Product, product
 from effopt.program import Program, where
-from effopt.target import Target
 
 MARKED = ("effopt", "QuantizedLinear")
 """Domain and operator of the node that stands for a linear between `mark` and `expand`."""
@@ -31,57 +31,33 @@ BLOCKED_OPSET = 21
 
 @dataclass(frozen=True)
 class Form:
-    """One row: how a linear is written, and what the form cannot take.
+    """One row: how a linear is written; what may be written is in `effopt.products`.
 
-    `groups` are the sizes of which a block of weights must be a multiple (empty: any size); with
-    `ragged`, a block of the whole row need not be. `whole` asks for one scale a row, `symmetric`
-    for weights without a zero point, `centred` for activations around code 128. `full` computes in
-    float32 whatever the type of x. `opset` is what blocks or 4 bits ask for.
+    `full` computes in float32 whatever the type of x. `opset` is what blocks or 4 bits ask for.
     """
 
     write: Callable[[Draft, Linear], ir.Value]
-    symmetric: bool = False
-    whole: bool = False
-    centred: bool = False
-    groups: tuple[int, ...] = ()
-    ragged: bool = False
     full: bool = False
     opset: int = 0
 
 
-_Key = tuple[str, str, int]
+_Key = tuple[str, str, str]
 FORMS: Mapping[_Key, Form] = MappingProxyType({
-    ("cpu", "float", 4): Form(forms.nbits, groups=forms.BLOCKS, ragged=True, full=True),
-    ("cpu", "float", 8): Form(forms.nbits, groups=forms.BLOCKS, ragged=True, full=True),
-    ("cpu", "tensor", 8): Form(forms.dynamic, symmetric=True, full=True),
-    ("cpu", "row", 8): Form(forms.rows_fused, symmetric=True, full=True),
-    ("cpu", "static", 8): Form(forms.static_fused, symmetric=True, full=True),
-    ("portable", "float", 4): Form(forms.dequantized, opset=BLOCKED_OPSET),
-    ("portable", "float", 8): Form(forms.dequantized, opset=BLOCKED_OPSET),
-    ("portable", "tensor", 8): Form(forms.dynamic, symmetric=True, full=True),
-    ("portable", "row", 8): Form(forms.rows, symmetric=True, full=True),
-    ("portable", "static", 8): Form(forms.static, symmetric=True, full=True),
-    ("gpu", "float", 4): Form(
-        forms.dequantized_blocks, symmetric=True, groups=forms.GPU_BLOCKS, opset=BLOCKED_OPSET
-    ),
-    ("gpu", "float", 8): Form(forms.dequantized, symmetric=True, whole=True),
-    ("gpu", "static", 8): Form(forms.static_signed, symmetric=True, centred=True),
+    ("cpu", "int4", "float"): Form(forms.nbits, full=True),
+    ("cpu", "int8", "float"): Form(forms.nbits, full=True),
+    ("cpu", "int8", "tensor"): Form(forms.dynamic, full=True),
+    ("cpu", "int8", "row"): Form(forms.rows_fused, full=True),
+    ("cpu", "int8", "static"): Form(forms.static_fused, full=True),
+    ("portable", "int4", "float"): Form(forms.dequantized, opset=BLOCKED_OPSET),
+    ("portable", "int8", "float"): Form(forms.dequantized, opset=BLOCKED_OPSET),
+    ("portable", "int8", "tensor"): Form(forms.dynamic, full=True),
+    ("portable", "int8", "row"): Form(forms.rows, full=True),
+    ("portable", "int8", "static"): Form(forms.static, full=True),
+    ("gpu", "int4", "float"): Form(forms.dequantized_blocks, opset=BLOCKED_OPSET),
+    ("gpu", "int8", "float"): Form(forms.dequantized),
+    ("gpu", "int8", "static"): Form(forms.static_signed),
 })  # fmt: skip
-"""Forms by kind of target, activations and bits; measured reasons are with each form."""
-
-_NO_RUN_TIME_SCALE = (
-    "TensorRT has no operator that finds the scale of activations at run time",
-    "quantize with calibrated activations (int8-static) or weights alone (int4)",
-)
-_NO_NARROW_PRODUCT = (
-    "no engine multiplies 4-bit weights by 8-bit activations",
-    "use 8-bit weights, or 4-bit ones with float activations",
-)
-
-
-def kind_of(target: Target) -> str:
-    """Return the first part of the key in FORMS: "cpu", "portable" or "gpu"."""
-    return "gpu" if target.gpu else target.arch
+"""Forms by kind of machine, type of weights and activations; measured reasons are with each."""
 
 
 def linears(program: Program) -> list[Node]:
@@ -126,42 +102,19 @@ WORDS = ("bits", "group", "activations", "step", "origin", "linear")
 
 
 def _form(node: Node, given: Mapping[str, Any], kind: str) -> Form:
-    """Return the form of a linear; PreconditionError where there is none."""
-    activations, bits, group = given["activations"], given["bits"], given["group"]
-    form = FORMS.get((kind, activations, bits))
-    if form is None:
-        runs = kind == "gpu" and activations in ("tensor", "row")
-        reason, remedy = _NO_RUN_TIME_SCALE if runs else _NO_NARROW_PRODUCT
-        raise PreconditionError(where(node), reason, remedy)
-    whole = group == _inner(given)
-    divides = not form.groups or any(group % block == 0 for block in form.groups)
-    sizes = " or ".join(map(str, form.groups))
-    rules = (
-        (
-            given["zero"] is None or not form.symmetric,
-            f"the form of {activations} activations on {kind} takes no zero points of weights",
-            "use a symmetric scheme",
-        ),
-        (
-            not form.whole or whole,
-            f"{bits}-bit weights on {kind} take one scale for each output, not blocks of {group}",
-            "quantize these weights without blocks",
-        ),
-        (
-            divides or (whole and form.ragged),
-            f"blocks of {group} weights are no multiple of {sizes}",
-            f"use blocks of {form.groups[-1] if form.groups else group}",
-        ),
-        (
-            not form.centred or given["origin"] == 128,
-            f"activations around code {given['origin']}: TensorRT takes symmetric ones alone",
-            "calibrate with a symmetric range (origin 128)",
-        ),
-    )
-    for holds, reason, remedy in rules:
-        if not holds:
-            raise PreconditionError(where(node), reason, remedy)
-    return form
+    """Return the form of a linear; PreconditionError where the kind of machine has none."""
+    weights = f"int{given['bits']}"
+    found = product(kind, weights, given["activations"])
+    limit = found if isinstance(found, Limit) else _limit(found, given)
+    if limit:
+        raise PreconditionError(where(node), f"{kind}: {limit.reason}", limit.remedy)
+    return FORMS[kind, weights, given["activations"]]
+
+
+def _limit(found: Product, given: Mapping[str, Any]) -> Limit | None:
+    if not found.takes(given["group"], _inner(given)):
+        return found.against_blocks(given["group"])
+    return found.against(symmetric=given["zero"] is None, origin=given["origin"])
 
 
 def _inner(given: Mapping[str, Any]) -> int:
@@ -177,7 +130,7 @@ def expand(model: ir.Model, kind: str) -> None:
     draft = Draft(model.graph)
     for node in marked:
         linear = Linear.read(node)
-        form = FORMS[kind, linear.activations, linear.bits]
+        form = FORMS[kind, f"int{linear.bits}", linear.activations]
         result = _write(draft, form, linear)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         draft.put_before(node)

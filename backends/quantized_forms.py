@@ -13,11 +13,8 @@ from onnx_ir import DataType
 from effopt.backend import Array
 from effopt.backends.packing import pack_blocks, pack_pairs, pack_zeros
 from effopt.backends.quantized_draft import MICROSOFT, Draft, Linear
+from effopt.products import CPU_BLOCKS, GPU_BLOCKS
 
-BLOCKS = (256, 128, 64, 32, 16)
-"""Sizes of a block that MatMulNBits has kernels for, the fastest first."""
-GPU_BLOCKS = (128, 64)
-"""Sizes of a block that TensorRT takes."""
 _RAGGED = 32
 """Block for rows that no block divides: the last one is short, and little is filled up."""
 _INT8_COMPUTE = 4
@@ -32,7 +29,7 @@ _MIDDLE = 128
 def nbits(draft: Draft, linear: Linear) -> ir.Value:
     """Write one MatMulNBits at accuracy level 4; the other levels are half as fast or far worse."""
     bits, inner = linear.bits, linear.inner
-    block = next((size for size in BLOCKS if linear.group % size == 0), _RAGGED)
+    block = next((size for size in CPU_BLOCKS if linear.group % size == 0), _RAGGED)
     shift = 0 if linear.zero is not None else 1 << (bits - 1)
 
     def codes() -> Array:
@@ -59,7 +56,7 @@ def dequantized(draft: Draft, linear: Linear) -> ir.Value:
     Of whole rows it makes blocks of 32 (4 bits: 1.18, written in blocks of 256: 1.67); 8-bit ones
     stay whole (1.31), as blocks would raise the opset.
     """
-    block = next((size for size in BLOCKS if linear.group % size == 0), linear.group)
+    block = next((size for size in CPU_BLOCKS if linear.group % size == 0), linear.group)
     unblocked = linear.whole and (linear.bits == 8 or block == linear.group)
     return _dequantized(draft, linear, 0 if unblocked else block)
 

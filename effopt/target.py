@@ -38,6 +38,11 @@ class Target:
         return "asymmetric" in self.features
 
     @property
+    def kind(self) -> str:
+        """What files for it share: "cpu", "portable" or "gpu"."""
+        return "gpu" if self.gpu else self.arch
+
+    @property
     def gpu(self) -> bool:
         """Tell whether the target is a CUDA device."""
         return self.arch.startswith("sm_")

@@ -13,7 +13,7 @@ from effopt.passes.awq import search_scale
 from effopt.passes.layer_statistics import LayerStatistics
 from effopt.passes.quantizable import Layer
 from effopt.passes.quantization_plan import Plan
-from effopt.passes.smooth import smooth_scale
+from effopt.passes.smooth import search_alpha, smooth_scale
 from effopt.program import Program, module_path
 from effopt.scale_edit import apply_scales
 from effopt.scales import ScaleGroup, find_scales
@@ -43,7 +43,7 @@ def fold_scales(
         if not own or (group.kind == "mul" and not plan.scheme.muls):
             continue
         scale, row = _chosen(program, group, own, plan, seen)
-        if row.get("ratio") == 0:
+        if 0 in (row.get("ratio"), row.get("alpha")):
             continue  # plain rounding was best: no scale, and no multiplication by ones
         chosen[group] = scale
         rows.append(row)
@@ -65,12 +65,18 @@ def _chosen(
     roots = None if group.kind == "mul" else torch.tensor(group.roots)
     row: dict[str, Any] = {"kind": group.kind, "linears": [layer.path for layer in own]}
     row["producers"] = [module_path(node) or node.name for node in group.producers]
-    if plan.scaling == "smooth":
-        scale = smooth_scale(statistics.most, weights, plan.alpha, roots)
+    x, most = statistics.rows, statistics.most
+    if plan.scaling == "smooth" and plan.alpha is not None:
+        scale = smooth_scale(most, weights, plan.alpha, roots)
         return scale, {**row, "alpha": plan.alpha}
-    found = search_scale(statistics.rows, weights, plan.grid, stat=statistics.mean, roots=roots)
-    searched = {"ratio": found.ratio, "loss": found.loss, "rtn_loss": found.rtn_loss}
-    return found.scale, {**row, **searched}
+    if plan.scaling == "smooth":
+        name, found = "alpha", search_alpha(x, most, weights, plan.grid, plan.activations, roots)
+    else:
+        name, found = (
+            "ratio",
+            search_scale(x, weights, plan.grid, stat=statistics.mean, roots=roots),
+        )
+    return found.scale, {**row, name: found.ratio, "loss": found.loss, "rtn_loss": found.rtn_loss}
 
 
 def _compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Round one linear layer as a plan says, and measure what that did to its outputs."""
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -11,16 +11,15 @@ from effopt.edit import Edit
 from effopt.errors import PreconditionError, UsageError
 from effopt.kernel import kernel
 from effopt.passes.awq import search_clip
+from effopt.passes.float_weights import FLOATS
 from effopt.passes.gptq import gptq
 from effopt.passes.layer_statistics import LayerStatistics
 from effopt.passes.quantizable import LINEAR, Layer
 from effopt.passes.quantization_plan import Plan
-from effopt.passes.rounding import Grid, Rounded, round_weight
-from effopt.passes.weight_formats import power_of_two, reconstruct, two_of_four
-from effopt.program import where
+from effopt.passes.rounding import Rounded, relative_error, round_weight
+from effopt.program import value, where
 
-TINY = 1e-30
-"""A layer whose outputs are all 0 has no error."""
+aten = torch.ops.aten
 
 Known = dict[str, tuple[Rounded, dict[str, Node]]]
 """By the path of a weight: what it was rounded to, and the constants that hold that."""
@@ -42,17 +41,16 @@ def quantize_layer(
     now = layer.now().source  # another layer, which was replaced by now, may have made it
     weight = edit.program.weight(layer.weight).detach()
     name = str(layer.weight.target)
-    if plan.scheme.rounding in FLOATS:
-        values = FLOATS[plan.scheme.rounding](weight, plan, seen).to(weight.dtype)
-        held = edit.constant(f"{name.replace('.', '_')}_values", values)
-        edit.update(layer.node, now, held, *([layer.bias] if layer.bias else []))
-        return _row(layer, weight, values, plan.grid, seen)
-    if name not in known:
-        try:
+    try:
+        if plan.scheme.rounding in FLOATS:
+            values = FLOATS[plan.scheme.rounding](weight, plan, seen)
+            _put(edit, layer, now, edit.constant(f"{name.replace('.', '_')}_values", values), plan)
+            return _row(layer, weight, values, plan, seen)
+        if name not in known:
             made = _rounded(layer, weight, plan, seen)
-        except UsageError as error:
-            raise PreconditionError(where(layer.node), error.reason, error.remedy) from error
-        known[name] = made, _constants(edit, name.replace(".", "_"), made)
+            known[name] = made, _constants(edit, name.replace(".", "_"), made)
+    except UsageError as error:
+        raise PreconditionError(where(layer.node), error.reason, error.remedy) from error
     rounded, parts = known[name]
     with edit.before(layer.node):
         call = edit.call(
@@ -62,7 +60,24 @@ def quantize_layer(
             name=f"{layer.node.name}_quantized",
         )
     edit.replace(layer.node, call)
-    return _row(layer, weight, rounded.dequantized(), plan.grid, seen)
+    return _row(layer, weight, rounded.dequantized(), plan, seen)
+
+
+def _put(edit: Edit, layer: Layer, source: Node, held: Node, plan: Plan) -> None:
+    """Let a layer read other values; narrower ones are widened, or the layer computes in them."""
+    own, narrow = value(layer.weight).dtype, value(held).dtype
+    bias = [layer.bias] if layer.bias else []
+    if narrow == own:
+        edit.update(layer.node, source, held, *bias)
+        return
+    with edit.before(layer.node):
+        if not plan.inside:
+            wide = edit.call(aten.to.dtype, held, own)
+            edit.update(layer.node, source, wide, *bias)
+            return
+        inputs = [edit.call(aten.to.dtype, x, narrow) for x in (source, *bias)]
+        made = edit.call(LINEAR, inputs[0], held, *inputs[1:])
+        edit.replace(layer.node, edit.call(aten.to.dtype, made, own))
 
 
 def _constants(edit: Edit, stem: str, rounded: Rounded) -> dict[str, Node]:
@@ -100,41 +115,18 @@ def _only_logits(node: Node) -> bool:
     return reads == {True}
 
 
-def _powers(weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Tensor:
-    return power_of_two(weight, plan.grid.group, EXPONENT_BITS).values
-
-
-def _sparse(weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Tensor:
-    """Keep the weights that matter to the inputs seen, and fit them; else the largest."""
-    if seen is None or seen.hessian is None:
-        return weight * two_of_four(weight)
-    mask = two_of_four(weight, seen.hessian.diagonal().sqrt().float())
-    return reconstruct(weight, mask, seen.hessian)
-
-
-EXPONENT_BITS = 3
-"""Bits of a power of two beside its sign."""
-
-FLOATS: dict[str, Callable[[Tensor, Plan, LayerStatistics | None], Tensor]] = {
-    "pow2": _powers,
-    "2:4": _sparse,
-}
-"""Roundings that leave a float weight."""
-
-
 def _row(
-    layer: Layer, weight: Tensor, values: Tensor, grid: Grid, seen: LayerStatistics | None
+    layer: Layer, weight: Tensor, values: Tensor, plan: Plan, seen: LayerStatistics | None
 ) -> dict[str, Any]:
     """Describe a layer: the error is the change of its outputs, as a share of their energy."""
     pair = values.float() - weight.float(), weight.float()
     change, whole = pair if seen is None else (seen.rows @ part.T for part in pair)
-    error = change.square().sum() / whole.square().sum().clamp_min(TINY)
     return {
         "path": layer.path,
         "shape": [layer.outputs, layer.columns],
-        "bits": grid.bits,
-        "group": grid.block(layer.columns),
-        "symmetric": grid.symmetric,
-        "error": float(error),
+        "bits": plan.scheme.bits,
+        "group": plan.grid.block(layer.columns),
+        "symmetric": plan.grid.symmetric,
+        "error": relative_error(change, whole),
         "measured_on": "weights" if seen is None else f"{len(seen.rows)} tokens",
     }

@@ -94,17 +94,17 @@ def _statistics(source: Node, found: Sequence[Collector]) -> LayerStatistics:
 
 
 def static_ranges(
-    program: Program, layers: Sequence[Layer], observer: str
+    program: Program, layers: Sequence[Layer], plan: Plan
 ) -> dict[Node, tuple[float, int]]:
     """Run the calibration data once; returns step and origin of each value that layers read.
 
-    A GPU target takes ranges around 0 alone: codes of 0..255 around 128.
+    Some targets take ranges around 0 alone: codes of 0..255 around 128.
     """
-    chosen = OBSERVERS[observer]
+    chosen = OBSERVERS[plan.observer]
     collected = {layer.source: chosen.start() for layer in layers}
     gather(program, {source: [state] for source, state in collected.items()})
     ranges = {source: chosen.range(state) for source, state in collected.items()}
-    if program.target is not None and program.target.gpu:
+    if plan.product is not None and plan.product.centred:
         around = {source: affine(*ends, symmetric=True) for source, ends in ranges.items()}
         return {source: (step, MIDDLE) for source, (step, _) in around.items()}
     return {source: affine(*ends) for source, ends in ranges.items()}

@@ -4,42 +4,54 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from effopt.errors import PreconditionError
 from effopt.passes.quantizable import Layer
 from effopt.passes.rounding import Grid
 from effopt.passes.schemes import Scheme
-from effopt.target import Target
-
-KINDS_OF_FLOATS = ("pow2", "2:4")
-"""Roundings that leave a float weight, whose values have a form that some machines use."""
-
-GPU_BLOCK = 64
-"""TensorRT's blocks of 4-bit weights are multiples of this."""
+from effopt.products import Limit, Product
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A scheme with its options resolved for one program and target."""
+    """A scheme with its options resolved for one program and target.
+
+    `grid` are the codes of integer weights. `product` is what the target runs of these, None for
+    weights that stay floats; `inside` says whether layers compute in the type of such weights.
+    `alpha` is how much of an outlier goes into weights, None to search that for each group.
+    """
 
     scheme: Scheme
     grid: Grid
     activations: str
+    product: Product | None = None
+    inside: bool = False
     clip: bool = True
-    alpha: float = 0.5
+    alpha: float | None = None
     observer: str = "minmax"
 
     @property
     def scaling(self) -> str:
         """How channel scales are chosen: awq, smooth, or "" for not at all."""
-        return "" if self.scheme.scaling == "smooth" and not self.alpha else self.scheme.scaling
+        return "" if self.scheme.scaling == "smooth" and self.alpha == 0 else self.scheme.scaling
+
+    @property
+    def limit(self) -> Limit | None:
+        """Say why the target runs no layer of the plan, whatever its size."""
+        if self.product is None:
+            return None
+        if self.grid.group and not self.product.takes(self.grid.group, columns=0):
+            return self.product.against_blocks(self.grid.group)
+        return self.product.against(symmetric=self.grid.symmetric)
 
     def fits(self, layer: Layer) -> bool:
-        """Tell whether some block size divides the inputs of a layer."""
-        return self.grid.block(layer.columns) is not None
+        """Tell whether some block size that the target takes divides the inputs of a layer."""
+        block = self.grid.block(layer.columns)
+        return block is not None and (
+            self.product is None or self.product.takes(block, layer.columns)
+        )
 
     def words(self, rows: Sequence[Mapping[str, Any]]) -> str:
         """Write what the layers of the report's rows became: `4-bit weights in blocks of 128`."""
-        if self.scheme.rounding in KINDS_OF_FLOATS:
+        if self.product is None:
             return self.scheme.about
         weights = f"{self.grid.bits}-bit weights"
         sizes = sorted({int(row["group"]) for row in rows})
@@ -47,30 +59,3 @@ class Plan:
         zero = "" if self.grid.symmetric else ", asymmetric"
         inputs = "" if self.activations == "float" else f", 8-bit activations by {self.activations}"
         return f"{weights}{blocks}{zero}{inputs}"
-
-
-def refused_by(target: Target | None, plan: Plan) -> PreconditionError | None:
-    """Say why a target cannot run what a plan makes, before any work is done."""
-    if target is None or not target.gpu or plan.scheme.rounding in KINDS_OF_FLOATS:
-        return None
-    grid = plan.grid
-    rules = (
-        (
-            plan.activations in ("tensor", "row"),
-            "TensorRT has no operator that finds ranges at run time",
-            "choose int8-static with calibration, or 4-bit weights",
-        ),
-        (not grid.symmetric, "TensorRT takes codes around 0 alone", "leave symmetric out"),
-        (
-            grid.bits == 8 and grid.group > 0,
-            "TensorRT takes one scale a row of 8-bit weights",
-            "set group=0",
-        ),
-        (
-            grid.bits == 4 and grid.group % GPU_BLOCK > 0,
-            f"TensorRT takes blocks of 4-bit weights in multiples of {GPU_BLOCK}",
-            "set group=64 or group=128",
-        ),
-    )
-    found = next(((reason, remedy) for holds, reason, remedy in rules if holds), None)
-    return PreconditionError("model", f"{target.name}: {found[0]}", found[1]) if found else None

@@ -1,27 +1,34 @@
-"""quantize: linear layers on integer weights, by any scheme of `effopt.passes.schemes`.
+"""quantize: linear layers on integer or narrow weights, by any scheme of `effopt.passes.schemes`.
 
 Channel scales are chosen and folded in float first, which changes nothing; then weights are
 rounded. Sources: AWQ (arXiv 2306.00978), SmoothQuant (2211.10438), GPTQ (2210.17323).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch.fx import Node
 
 from effopt.edit import Edit
-from effopt.errors import PreconditionError, UsageError, unknown
+from effopt.errors import PreconditionError, UsageError, VerificationError, unknown
 from effopt.passes.channel_scales import fold_scales
+from effopt.passes.float_weights import FLOATS
 from effopt.passes.layer_rounding import Known, quantize_layer
 from effopt.passes.layer_statistics import LayerStatistics, by_weight, observe, static_ranges
 from effopt.passes.observers import OBSERVERS
-from effopt.passes.quantizable import layers_of
-from effopt.passes.quantization_plan import Plan, refused_by
+from effopt.passes.quantizable import Layer, layers_of
+from effopt.passes.quantization_plan import Plan
+from effopt.passes.quantized_tables import quantize_tables
 from effopt.passes.rounding import Grid
 from effopt.passes.schemes import SCHEMES
-from effopt.passes.sensitivity import most_sensitive
+from effopt.passes.sensitivity import Trial, most_sensitive, within_budget
+from effopt.passes.weight_sizes import weight_sizes
 from effopt.pipeline import Outcome
+from effopt.products import Limit, product
 from effopt.program import Program
+from effopt.target import Target
 
 LEAST_BLOCK = 16
 """The smallest block that engines take."""
@@ -32,7 +39,7 @@ NO_RANGE = (1.0, 0)
 
 @dataclass(frozen=True)
 class Quantize:
-    """Put linear layers on integer weights, as a scheme says; other layers stay in float."""
+    """Put linear layers on integer or narrow weights, as a scheme says; others stay in float."""
 
     name: ClassVar[str] = "quantize"
     exact: ClassVar[bool] = False
@@ -49,46 +56,74 @@ class Quantize:
     keep_float: int = field(
         default=0, metadata={"help": "so many of the most sensitive layers stay in float"}
     )
+    max_loss: float = field(
+        default=0.0,
+        metadata={
+            "help": "layers stay in float until outputs change by at most this share; 0: any"
+        },
+    )
     activations: str = field(
         default="auto", metadata={"help": "what shares a range: row or tensor (int8-dynamic)"}
     )
-    alpha: float = field(
-        default=0.5, metadata={"help": "share of outliers that goes into int8 weights; 0: none"}
+    alpha: float | str = field(
+        default="auto",
+        metadata={"help": "share of outliers that goes into int8 weights; auto: searched; 0: none"},
     )
     observer: str = field(default="minmax", metadata={"help": "range of int8-static activations"})
     least: int = field(default=64, metadata={"help": "layers of fewer channels stay in float"})
     heads: bool = field(default=False, metadata={"help": "quantize the last layers too"})
+    embeddings: bool = field(default=False, metadata={"help": "tables of embeddings on 8 bits too"})
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("scheme", SCHEMES),
-            ("activations", ("auto", "row", "tensor")),
-            ("observer", OBSERVERS),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
-        if self.symmetric not in ("auto", True, False):
-            raise UsageError(f"symmetric is {self.symmetric!r}", "write auto, true or false")
-        if self.group < -1:
-            raise UsageError(f"group is {self.group}", "give 0, a power of 2, or leave it out")
-        if self.keep_float < 0 or self.least < 1 or not 0 <= self.alpha <= 1:
-            given = f"keep-float={self.keep_float}, least={self.least}, alpha={self.alpha}"
-            raise UsageError(given, "give keep-float from 0, least from 1, alpha from 0 to 1")
-        if 0 < self.group < LEAST_BLOCK:
-            raise UsageError(
-                f"group is {self.group}", f"give 0, or a power of 2 from {LEAST_BLOCK}"
-            )
-        integers = SCHEMES[self.scheme].activations != "float"
-        if integers and self.symmetric is False:
-            reason = f"{self.scheme} multiplies integer activations by weights around 0 alone"
-            raise UsageError(reason, "leave symmetric out")
-        if integers and self.group > 0:
-            reason = f"{self.scheme} has one scale a row of weights, not one for {self.group}"
-            raise UsageError(reason, "leave group out, or choose int8-weight")
-        if self.activations != "auto" and self.scheme != "int8-dynamic":
-            reason = f"{self.scheme} does not choose ranges of activations at run time"
-            raise UsageError(reason, "leave activations out, or choose int8-dynamic")
+        known = {"scheme": SCHEMES, "activations": ("auto", "row", "tensor"), "observer": OBSERVERS}
+        for name, words in known.items():
+            if getattr(self, name) not in words:
+                raise unknown(name, getattr(self, name), words)
+        for holds, given, remedy in self._ranges():
+            if not holds:
+                raise UsageError(given, remedy)
+        self._check_meant()
         self._grid(symmetric=True)
+
+    def _ranges(self) -> list[tuple[bool, str, str]]:
+        """Return what must hold of each option, what was given, and what to give instead."""
+        share = isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1
+        group = self.group < 1 or self.group >= LEAST_BLOCK
+        return [
+            (
+                self.symmetric in ("auto", True, False),
+                f"symmetric is {self.symmetric!r}",
+                "write auto, true or false",
+            ),
+            (
+                self.group >= -1 and group,
+                f"group is {self.group}",
+                f"give 0, a power of 2 from {LEAST_BLOCK}, or leave it out",
+            ),
+            (
+                self.alpha == "auto" or share,
+                f"alpha is {self.alpha!r}",
+                "give a share from 0 to 1, or auto",
+            ),
+            (self.keep_float >= 0, f"keep-float is {self.keep_float}", "give a count from 0"),
+            (self.max_loss >= 0, f"max-loss is {self.max_loss}", "give a share from 0"),
+            (self.least >= 1, f"least is {self.least}", "give a count from 1"),
+            (
+                not (self.keep_float and self.max_loss),
+                "keep-float and max-loss both say which layers stay in float",
+                "give one of them",
+            ),
+        ]
+
+    def _check_meant(self) -> None:
+        """Raise UsageError for an option that the scheme does not look at."""
+        defaults = {option.name: option.default for option in fields(self)}
+        for name in _OF_SCHEMES:
+            meant = name in SCHEMES[self.scheme].options
+            if not meant and getattr(self, name) != defaults[name]:
+                others = [scheme for scheme, row in SCHEMES.items() if name in row.options]
+                reason = f"{self.scheme} has no option {name!r}"
+                raise UsageError(reason, f"leave {name} out, or choose {' or '.join(others)}")
 
     def check(self, program: Program) -> list[PreconditionError]:
         """Refuse without calibration where a scheme needs it, and without a layer."""
@@ -97,8 +132,9 @@ class Quantize:
             remedy = "pass calibration=, or --calibration FILE; int8-dynamic and int4-rtn need none"
             return [PreconditionError("model", reason, remedy)]
         plan = self._plan(program)
-        if refusal := refused_by(program.target, plan):
-            return [refusal]
+        if isinstance(plan, Limit):
+            name = program.target.name if program.target else "model"
+            return [PreconditionError(name, *plan)]
         layers, left = layers_of(program, self.least, self.heads)
         if any(map(plan.fits, layers)):
             return []
@@ -109,13 +145,9 @@ class Quantize:
     def run(self, program: Program) -> Outcome:
         """Fold channel scales, then round each layer's weight; the facts list every layer."""
         plan, edit = self._plan(program), Edit(program, self.name)
-        layers, left = layers_of(program, self.least, self.heads)
-        narrow = [layer for layer in layers if not plan.fits(layer)]
-        left |= {layer.path: "no block of weights divides its inputs" for layer in narrow}
-        layers = [layer for layer in layers if layer not in narrow]
-        kept = most_sensitive(program, layers, plan, self.keep_float)
-        left |= {layer.path: "one of the most sensitive layers" for layer in kept}
-        layers = [layer for layer in layers if layer not in kept]
+        assert isinstance(plan, Plan), "checked"
+        before, sizes = program.run(program.samples), weight_sizes(program)
+        layers, left, notes = self._layers(program, plan)
         seen, groups = dict[Node, LayerStatistics](), list[dict[str, Any]]()
         if program.calibration is not None:
             known = observe(program, layers, plan)
@@ -124,9 +156,7 @@ class Quantize:
                 seen, groups = fold_scales(edit, layers, plan, known)
                 layers = [layer.now() for layer in layers]
             seen = by_weight(layers, seen)
-        static = {}
-        if plan.activations == "static":
-            static = static_ranges(program, layers, plan.observer)
+        static = static_ranges(program, layers, plan) if plan.activations == "static" else {}
         shared: Known = {}
         rows = [
             quantize_layer(
@@ -134,25 +164,94 @@ class Quantize:
             )
             for layer in layers
         ]
+        tables, kept = quantize_tables(edit, self.least) if self.embeddings else ([], {})
         edit.close()
-        facts = {"layers": rows, "groups": groups, "float": left}
-        notes = [f"{len(rows)} layers on {plan.words(rows)}; {len(left)} stay in float"]
-        if plan.scaling and program.calibration is None:
-            notes.append("no calibration data: outliers stay in the activations")
-        return Outcome(True, tuple(notes), facts)
+        _check_finite(before, program)
+        after = weight_sizes(program)
+        facts = {"layers": [*rows, *tables], "groups": groups, "float": left | kept}
+        facts["bytes"] = {kind: [size, after[kind]] for kind, size in sizes.items()}
+        words = f"{len(rows)} layers on {plan.words(rows)}; {len(left)} stay in float"
+        return Outcome(True, (words, *notes, *_remarks(plan, seen, layers, tables)), facts)
 
-    def _grid(self, symmetric: bool, gpu: bool = False) -> Grid:
-        scheme = SCHEMES[self.scheme]
-        own = 0 if gpu and scheme.bits == 8 else scheme.group
-        return Grid(scheme.bits, own if self.group < 0 else self.group, symmetric)
+    def _layers(
+        self, program: Program, plan: Plan
+    ) -> tuple[list[Layer], dict[str, str], list[str]]:
+        """Return the layers to quantize, by path why others stay in float, and what to note."""
+        found, left = layers_of(program, self.least, self.heads)
+        layers = [layer for layer in found if plan.fits(layer)]
+        narrow = "no block of weights that the target takes divides its inputs"
+        left |= {layer.path: narrow for layer in found if layer not in layers}
+        notes, kept = list[str](), list[Layer]()
+        if self.keep_float:
+            kept = most_sensitive(Trial(program, plan), layers, self.keep_float)
+        elif self.max_loss:
+            kept, loss = within_budget(Trial(program, plan), layers, self.max_loss)
+            notes.append(f"rounded to nearest, the outputs change by {loss:.2g} of their energy")
+        left |= {layer.path: "one of the most sensitive layers" for layer in kept}
+        return [layer for layer in layers if layer not in kept], left, notes
 
-    def _plan(self, program: Program) -> Plan:
+    def _grid(self, symmetric: bool, whole: bool = False) -> Grid:
         scheme = SCHEMES[self.scheme]
-        both = program.target is not None and program.target.asymmetric and scheme.bits == 4
-        gpu = program.target is not None and program.target.gpu
-        symmetric = not both if self.symmetric == "auto" else bool(self.symmetric)
+        own = 0 if whole else scheme.group
+        return Grid(min(scheme.bits, 8), own if self.group < 0 else self.group, symmetric)
+
+    def _plan(self, program: Program) -> Plan | Limit:
+        """Resolve the options for a program's target, or say why it cannot run the scheme."""
+        scheme, target = SCHEMES[self.scheme], program.target
         activations = scheme.activations if self.activations == "auto" else self.activations
-        return Plan(
-            *(scheme, self._grid(symmetric, gpu), activations),
-            *(self.clip, self.alpha, self.observer),
-        )
+        both = target is not None and target.asymmetric and scheme.bits == 4
+        symmetric = not both if self.symmetric == "auto" else bool(self.symmetric)
+        alpha = None if isinstance(self.alpha, str) else self.alpha
+        inside, runs = False, None
+        if scheme.rounding == "cast" and target is not None:
+            inside = scheme.weights in target.dtypes
+            if target.gpu and not inside:
+                reason = f"it does not compute in {scheme.weights}"
+                return Limit(reason, f"it computes in {', '.join(target.dtypes)}")
+        elif scheme.rounding not in FLOATS:
+            kind = target.kind if target else "portable"
+            found = product(kind, scheme.weights, activations, target)
+            if isinstance(found, Limit):
+                return found._replace(remedy=f"choose {', '.join(_schemes_of(target))}")
+            runs = found
+        grid = self._grid(symmetric, whole=runs is not None and runs.whole)
+        plan = Plan(scheme, grid, activations, runs, inside, self.clip, alpha, self.observer)
+        return plan.limit or plan
+
+
+_OF_SCHEMES = ("group", "symmetric", "clip", "activations", "alpha", "observer")
+"""Options that mean something for some schemes alone."""
+
+
+def _schemes_of(target: Target | None) -> list[str]:
+    """Return the schemes of which a target runs the products."""
+    kind = target.kind if target else "portable"
+    rows = [(name, row) for name, row in SCHEMES.items() if row.rounding not in FLOATS]
+    products = [(name, product(kind, row.weights, row.activations, target)) for name, row in rows]
+    return [name for name, found in products if not isinstance(found, Limit)]
+
+
+def _check_finite(before: Sequence[torch.Tensor], program: Program) -> None:
+    """Raise VerificationError where an output is no number any more."""
+    for place, (was, now) in enumerate(zip(before, program.run(program.samples), strict=True)):
+        if now.is_floating_point() and bool((was.isfinite() & ~now.isfinite()).any()):
+            reason = f"output {place} is infinite or no number after quantization"
+            raise VerificationError(reason, "choose a scheme of a wider range, such as bf16")
+
+
+def _remarks(
+    plan: Plan,
+    seen: dict[Node, LayerStatistics],
+    layers: Sequence[Layer],
+    tables: Sequence[object],
+) -> list[str]:
+    """Say what is worth knowing of a result."""
+    notes = [f"{len(tables)} tables of embeddings on 8 bits"] if tables else []
+    if plan.scaling and not seen:
+        notes.append("no calibration data: outliers stay in the activations")
+    silent = [
+        layer.path for layer in layers if layer.node in seen and not seen[layer.node].most.any()
+    ]
+    if silent:
+        notes.append(f"the calibration data has only zeros for {len(silent)} layers: {silent[0]}")
+    return notes

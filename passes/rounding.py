@@ -13,6 +13,9 @@ from effopt.errors import UsageError
 SMALLEST = 1e-8
 """The least range of a block, so that a block of zeros has a scale."""
 
+TINY = 1e-30
+"""What is all 0 has no error."""
+
 LEAST_GROUP = 32
 """A group that does not divide the columns is halved down to this size."""
 
@@ -157,3 +160,8 @@ def rounded(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Rounded:
     if grid.symmetric:
         return Rounded(codes.to(torch.int8), scale, None, grid.bits, group)
     return Rounded(codes.to(torch.uint8), scale, zero.to(torch.uint8), grid.bits, group)
+
+
+def relative_error(change: Tensor, whole: Tensor) -> float:
+    """Return the squared error |change|^2 as a share of |whole|^2."""
+    return float(change.square().sum() / whole.square().sum().clamp_min(TINY))

@@ -9,59 +9,61 @@ from types import MappingProxyType
 class Scheme:
     """One way to quantize linear layers.
 
-    `bits` and `group` (0: one scale an output channel) of the weights; `activations` as
-    `effopt::quantized_linear` names them; `scaling` chooses channel scales by "awq" or "smooth";
-    `muls` says whether a scale that nothing absorbs is worth a multiplication; `rounding` is
-    "nearest", "gptq", or one that leaves floats of a kind: "pow2" or "2:4". A scheme that
-    `needs_data` has no meaning without calibration.
+    `weights` are "int4" or "int8" (as `effopt.products` names them), or a floating type that keeps
+    `values` of a kind; `bits` and `group` (0: one scale an output channel) are theirs.
+    `activations` are as `effopt::quantized_linear` names them; `scaling` chooses channel scales by
+    "awq" or "smooth"; `muls` says whether a scale that nothing absorbs is worth a multiplication;
+    `rounding` is "nearest", "gptq", or one that leaves floats: "pow2", "2:4" or "cast". `options`
+    are those of the pass that mean something. A scheme that `needs_data` has no meaning without.
     """
 
+    weights: str
     bits: int
     group: int
-    activations: str
     about: str
+    options: tuple[str, ...] = ()
+    activations: str = "float"
     scaling: str = ""
     muls: bool = False
     rounding: str = "nearest"
     needs_data: bool = False
 
 
+_INTEGERS = "int8 weights and activations"
+_GRID = ("group", "symmetric")
+
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         "int8-dynamic": Scheme(
-            8, 0, "tensor", "int8 weights and activations, ranges at run time", "smooth"
+            *("int8", 8, 0, f"{_INTEGERS}, ranges at run time", ("activations", "alpha")),
+            *("tensor", "smooth"),
         ),
         "int8-static": Scheme(
-            8,
-            0,
-            "static",
-            "int8 weights and activations, calibrated ranges",
-            "smooth",
+            *("int8", 8, 0, f"{_INTEGERS}, calibrated ranges", ("alpha", "observer")),
+            *("static", "smooth"),
             muls=True,
             needs_data=True,
         ),
-        "int8-weight": Scheme(8, 128, "float", "int8 weights, float activations"),
-        "int4-rtn": Scheme(4, 128, "float", "int4 weights, rounded to nearest"),
+        "int8-weight": Scheme("int8", 8, 128, "int8 weights, float activations", _GRID),
+        "int4-rtn": Scheme("int4", 4, 128, "int4 weights, rounded to nearest", _GRID),
         "int4-awq": Scheme(
-            4,
-            128,
-            "float",
-            "int4 weights, channel scales and clipping searched on data (AWQ)",
-            "awq",
+            *("int4", 4, 128, "int4 weights, channel scales and clipping searched on data (AWQ)"),
+            options=(*_GRID, "clip"),
+            scaling="awq",
             muls=True,
             needs_data=True,
         ),
         "int4-gptq": Scheme(
-            4,
-            128,
-            "float",
-            "int4 weights, rounded with error feedback (GPTQ)",
+            *("int4", 4, 128, "int4 weights, rounded with error feedback (GPTQ)", _GRID),
             rounding="gptq",
             needs_data=True,
         ),
+        "fp16": Scheme("float16", 16, 0, "weights in float16", rounding="cast"),
+        "bf16": Scheme("bfloat16", 16, 0, "weights in bfloat16", rounding="cast"),
         "pow2": Scheme(
-            4, 128, "float", "weights are signed powers of two, stored as floats", rounding="pow2"
+            *("float", 4, 128, "weights are signed powers of two, stored as floats", ("group",)),
+            rounding="pow2",
         ),
-        "2:4": Scheme(8, 0, "float", "two of four weights are 0, stored as floats", rounding="2:4"),
+        "2:4": Scheme("float", 8, 0, "two of four weights are 0, stored as floats", rounding="2:4"),
     }
 )

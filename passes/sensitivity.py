@@ -1,60 +1,81 @@
-"""Which layers lose most when they are quantized alone: those are the ones to leave in float.
+"""Which layers lose most when they are quantized: those are the ones to leave in float.
 
 The error of a layer's own outputs does not tell (a Spearman correlation of 0.04 was measured in a
 sentence encoder), so the whole program runs once for each layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
+from torch.nn.functional import linear
 
-from effopt.errors import PreconditionError
+from effopt.errors import PreconditionError, UsageError
 from effopt.kernel import kernel
+from effopt.passes.float_weights import FLOATS
 from effopt.passes.quantizable import Layer
 from effopt.passes.quantization_plan import Plan
-from effopt.passes.rounding import Rounded, round_weight
+from effopt.passes.rounding import relative_error, round_weight
 from effopt.program import Program
 
-TINY = 1e-30
-"""Outputs that are all 0 have no error."""
+_Linear = Callable[..., Tensor]
+"""What stands for a layer in a trial: a function of its inputs and its bias, if any."""
 
 
 class _Instead(Interpreter):
-    """Runs a program with one layer quantized."""
+    """Runs a program with some of its layers replaced."""
 
-    def __init__(self, program: Program, node: Node, rounded: Rounded, activations: str) -> None:
+    def __init__(self, program: Program, instead: Mapping[Node, _Linear]) -> None:
         super().__init__(program.module)
-        self.node, self.rounded, self.activations = node, rounded, activations
+        self.instead = instead
 
     def run_node(self, n: Node) -> Any:
-        if n is not self.node:
+        if n not in self.instead:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         x, _, *bias = (*args, *kwargs.values())
-        parts = self.rounded.codes, self.rounded.scale, self.rounded.zero
-        rest = self.rounded.bits, self.rounded.group, self.activations, 1.0, 0
-        return kernel("quantized_linear").op(x, *parts, bias[0] if bias else None, *rest)
+        return self.instead[n](x, *bias)
 
 
-def losses(program: Program, layers: Sequence[Layer], plan: Plan) -> dict[Node, float]:
-    """Return the relative squared error of the outputs when each layer alone is rounded.
+class Trial:
+    """Measures what rounding some layers to nearest, without search, does to a program's outputs.
 
-    To nearest, on the program's samples; the worst of all floating outputs counts. Static ranges
-    count as ranges by tensor. An error that is no number is infinite.
+    On the first batch of its calibration data, or its samples where there is none. Static ranges
+    count as ranges by tensor.
     """
-    want = program.run(program.samples)
-    activations = "tensor" if plan.activations == "static" else plan.activations
-    found = {}
-    for layer in layers:
-        rounded = round_weight(program.weight(layer.weight).detach(), plan.grid)
-        with torch.no_grad():
-            got = _Instead(program, layer.node, rounded, activations).run(*program.samples)
-        found[layer.node] = max(map(_distance, got, want), default=0.0)
-    return found
+
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self.program, self.plan = program, plan
+        data = program.calibration
+        self.inputs = program.samples if data is None else next(iter(data))
+        self.want = program.run(self.inputs)
+
+    @torch.no_grad()
+    def loss(self, layers: Sequence[Layer]) -> float:
+        """Return the relative squared error of the worst floating output; inf if no number."""
+        instead = {layer.node: self._rounded(layer) for layer in layers}
+        got = _Instead(self.program, instead).run(*self.inputs)
+        return max(map(_distance, got, self.want), default=0.0)
+
+    def _rounded(self, layer: Layer) -> _Linear:
+        weight, scheme = self.program.weight(layer.weight).detach(), self.plan.scheme
+        if scheme.rounding in FLOATS:
+            try:
+                values = FLOATS[scheme.rounding](weight, self.plan, None).to(weight.dtype)
+            except UsageError as error:
+                raise PreconditionError(layer.path, error.reason, error.remedy) from error
+            return lambda x, bias=None: linear(x, values, bias)
+        made = round_weight(weight, self.plan.grid)
+        parts = made.codes, made.scale, made.zero
+        words = made.bits, made.group, _TRIED.get(self.plan.activations, self.plan.activations)
+        operator = kernel("quantized_linear").op
+        return lambda x, bias=None: operator(x, *parts, bias, *words, 1.0, 0)
+
+
+_TRIED = {"static": "tensor"}
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
@@ -65,26 +86,55 @@ def _distance(got: Tensor, want: Tensor) -> float:
     if not bool((got.isfinite() == want.isfinite()).all()):
         return inf
     change, whole = ((torch.where(both, x, 0.0)).double() for x in (got - want, want))
-    return float(change.square().sum() / whole.square().sum().clamp_min(TINY))
+    return relative_error(change, whole)
 
 
-def most_sensitive(
-    program: Program, layers: Sequence[Layer], plan: Plan, count: int
-) -> list[Layer]:
-    """Return the layers that lose most, the worst first; of equals the earlier one.
+def by_sensitivity(trial: Trial, layers: Sequence[Layer]) -> list[tuple[Layer, float]]:
+    """Return layers with what each loses alone, the worst first; of equals the earlier one.
 
-    Raises PreconditionError where so many would leave no layer, or where no output tells.
+    Raises PreconditionError where no output tells.
     """
-    if not count:
-        return []
+    found = [(layer, trial.loss([layer])) for layer in layers]
+    if inf in (loss for _, loss in found):
+        reason = "an output is no finite number, with or without a layer quantized"
+        raise PreconditionError("model", reason, "give example inputs with finite outputs")
+    if not any(loss for _, loss in found):
+        reason = "no floating output changes when a layer is quantized, so none is sensitive"
+        raise PreconditionError("model", reason, "let the model return its logits too")
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def most_sensitive(trial: Trial, layers: Sequence[Layer], count: int) -> list[Layer]:
+    """Return the layers that lose most; PreconditionError where so many would leave no layer."""
     if count >= len(layers):
         reason = f"keep-float={count} leaves none of {len(layers)} layers to quantize"
         raise PreconditionError("model", reason, "keep fewer layers in float")
-    found = losses(program, layers, plan)
-    if inf in found.values():
-        reason = "an output is no finite number, with or without a layer quantized"
-        raise PreconditionError("model", reason, "give example inputs with finite outputs")
-    if not any(found.values()):
-        reason = "no floating output changes when a layer is quantized, so none is sensitive"
-        raise PreconditionError("model", reason, "let the model return its logits too")
-    return sorted(layers, key=lambda layer: -found[layer.node])[:count]
+    return [layer for layer, _ in by_sensitivity(trial, layers)[:count]]
+
+
+def within_budget(trial: Trial, layers: Sequence[Layer], most: float) -> tuple[list[Layer], float]:
+    """Return the fewest most sensitive layers without which the others lose at most `most`.
+
+    And that loss, as measured with all others rounded together. Losses are nearly additive, which
+    says where to look first. Raises PreconditionError where no layer is within the budget.
+    """
+    if (whole := trial.loss(layers)) <= most:
+        return [], whole
+    ranked = by_sensitivity(trial, layers)
+    order, alone = [layer for layer, _ in ranked], [loss for _, loss in ranked]
+
+    def left(count: int) -> float:
+        return trial.loss(order[count:])
+
+    low, high = 0, len(order)  # the loss is above the budget at low, and within it at high
+    guess = next(count for count in range(len(order) + 1) if sum(alone[count:]) <= most)
+    known = {len(order): 0.0}
+    while high - low > 1:
+        count = min(max(guess, low + 1), high - 1)
+        known[count] = left(count)
+        low, high = (low, count) if known[count] <= most else (count, high)
+        guess = (low + high) // 2
+    if high == len(order):
+        reason = f"each layer alone loses {alone[-1]:.2g} or more, above max-loss={most:g}"
+        raise PreconditionError("model", reason, "raise max-loss, or choose a scheme of more bits")
+    return order[:high], known[high]

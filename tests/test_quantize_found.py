@@ -86,9 +86,9 @@ def test_a_float_layer_for_every_layer_is_refused() -> None:
 
 
 REFUSED = {
-    "quantize{scheme=int8-dynamic}": "choose int8-static",
-    "quantize{scheme=int4-rtn,symmetric=false}": "leave symmetric out",
-    "quantize{scheme=int4-rtn,group=32}": "group=64",
+    "quantize{scheme=int8-dynamic}": "choose int8-static, int8-weight, int4-rtn, int4-awq, ",
+    "quantize{scheme=int4-rtn,symmetric=false}": "use symmetric weights",
+    "quantize{scheme=int4-rtn,group=32}": "blocks of 64 weights or more",
     "quantize{scheme=int8-weight,group=64}": "group=0",
 }
 

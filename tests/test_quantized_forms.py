@@ -278,14 +278,18 @@ def test_weights_that_the_file_blows_up_are_weighed(
 # --- refusals ---------------------------------------------------------------------------------
 
 REFUSED: list[tuple[str, Words, str]] = [
-    ("a100", TENSOR, "no operator that finds the scale of activations at run time"),
-    ("a100", ROW, "no operator that finds the scale of activations at run time"),
+    ("a100", TENSOR, "no product of int8 weights and activations whose ranges are found at run"),
+    ("a100", ROW, "no product of int8 weights and activations whose ranges are found row by row"),
     ("a100", FLOAT4 | {"group": 64, "asymmetric": True}, "takes no zero points"),
     ("a100", FLOAT4 | {"group": 32}, "blocks of 32 weights are no multiple of 128 or 64"),
-    ("a100", FLOAT8 | {"group": 64}, "one scale for each output, not blocks of 64"),
-    ("a100", STATIC, "activations around code 120: TensorRT takes symmetric ones alone"),
+    ("a100", FLOAT8 | {"group": 64}, "it takes one scale a row of weights, not one for 64"),
+    ("a100", STATIC, "it takes activations around code 128 alone, not 120"),
     ("cpu", FLOAT4 | {"group": 8}, "blocks of 8 weights are no multiple of 256 or 128"),
-    ("cpu", TENSOR | {"bits": 4}, "no engine multiplies 4-bit weights by 8-bit activations"),
+    (
+        "cpu",
+        TENSOR | {"bits": 4},
+        "no product of int4 weights and activations whose ranges are found at run time",
+    ),
     ("onnx", ROW | {"asymmetric": True}, "takes no zero points"),
 ]
 
@@ -318,7 +322,7 @@ def test_a_linear_that_stays_in_parts_fails_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = quantized.Form(transposed, opset=21)
-    monkeypatch.setattr(quantized, "FORMS", {**quantized.FORMS, ("cpu", "float", 4): slow})
+    monkeypatch.setattr(quantized, "FORMS", {**quantized.FORMS, ("cpu", "int4", "float"): slow})
     with pytest.raises(VerificationError) as caught:
         backend("ort").build(captured(FLOAT4 | {"group": 64}), target("cpu"), tmp_path)
     assert "(quantized_linear.default) in fours.0." in caught.value.reason

@@ -172,10 +172,8 @@ OPTIONS: dict[str, st.SearchStrategy[dict[str, object]]] = {
     "quantize": st.fixed_dictionaries(
         {"scheme": st.sampled_from(sorted(SCHEMES))},
         optional={
-            "symmetric": st.sampled_from(("auto", True)),
-            "clip": st.booleans(),
             "keep_float": st.integers(0, 40),
-            "alpha": st.floats(0, 1),
+            "embeddings": st.booleans(),
             "least": st.integers(1, 999),
             "heads": st.booleans(),
         },
