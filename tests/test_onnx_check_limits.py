@@ -2,7 +2,6 @@
 
 import os
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +80,9 @@ BOMBS: dict[str, list[Any]] = {
 @pytest.mark.parametrize("name", list(BOMBS))
 def test_constants_out_of_proportion(folder: Path, name: str) -> None:
     nodes = [*BOMBS[name], helper.make_node("ReduceSum", ["c"], ["y"])]
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reason = refused(model(nodes, [_ints(2**34)]), folder)
     assert "is a constant" in reason
-    assert time.monotonic() - started < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 

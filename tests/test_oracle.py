@@ -155,6 +155,14 @@ FOUND: dict[str, tuple[Spec, str]] = {
         Spec(mask="relative_padded", out="several"),
         "merge-tokens{r=0.49,last=-2}",
     ),
+    "one word twice, at two late positions: keys that are the same of tokens that are not": (
+        Spec(seed=999, source="text", position="late", order="parallel", out="mean"),
+        "merge-tokens{r=2,sites=[0]}",
+    ),
+    "tokens that come back in another order of dims than that of the first site": (
+        Spec(depth=3, hostile=((1, "conv"),), tokens_first=True),
+        "merge-tokens{r=0.49,proportional=false},prune-tokens{keep=0.7}",
+    ),
 }
 """What campaigns found, in the core or in the oracle."""
 

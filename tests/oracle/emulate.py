@@ -101,7 +101,7 @@ class Emulator(Interpreter):
             value = self._reduce(n, value)
             self.apart.pop(n, None)
         if n.name in self.thawed and self.epoch[n]:
-            value = self._thaw(value, self.epoch[n])
+            value = self._thaw(n, value, self.epoch[n])
             self.apart.pop(n, None)
         return value
 
@@ -244,14 +244,14 @@ class Emulator(Interpreter):
         made = (matrix @ rows.double()).to(value.dtype)
         return made.permute([site.places.index(place) for place in range(3)])
 
-    def _thaw(self, value: Tensor, epoch: int) -> Tensor:
+    def _thaw(self, n: Node, value: Tensor, epoch: int) -> Tensor:
         """Give dropped tokens the value that they had at the site where they left."""
-        places = next(iter(self.sites.values())).places
-        rows = value.permute(places).clone()
+        (place,) = self.on(n)
+        rows = value.movedim(place, 1).clone()
         for number in range(1, epoch + 1):
             gone = (self.epochs[number].moved < 0) & (self.epochs[number - 1].moved >= 0)
             rows[:, gone] = self.frozen[number - 1][:, gone]
-        return rows.permute([places.index(place) for place in range(3)])
+        return rows.movedim(1, place)
 
     def _attend(self, n: Node, epoch: int, args: Any, kwargs: Any) -> Tensor:
         q, k, v, mask, dropout, causal = (*args, *(None, 0.0, False)[len(args) - 3 :])

@@ -34,7 +34,10 @@ def duplicates(case: Case) -> Faults:
     pairs = (last - start) // 2
     if _removals(case, inputs) > [pairs]:
         return []
-    changes = _changes(case, site, order, record(case.normal, inputs).values)
+    values = record(case.normal, inputs).values
+    if _copies(values[qkv_of(site.attention)[1].name][..., start:last:2, :]):
+        return []  # a token may find its like in another pair, with another value (one word twice)
+    changes = _changes(case, site, order, values)
     return _turned(case, changes, inputs, (case.reduced, case.normal), None)
 
 
