@@ -24,7 +24,7 @@ from effopt.mend_rules import SIZES, pick_args, pool, slice_args
 from effopt.program import shape, value, where
 from effopt.restore import Restore
 from effopt.sites import Site, TokenAxis
-from effopt.state import Point, Reducer, Reduction, State
+from effopt.state import Point, Reducer, State
 from effopt.tokens import Kind, Range
 
 aten = torch.ops.aten
@@ -32,11 +32,12 @@ LOWEST = -1e30
 """Log size of padding in place of -infinity: no logit comes near, and a row of pads is no NaN."""
 
 
-def reduce_tokens(edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer]) -> list[Reduction]:
+def reduce_tokens(edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer]) -> set[Node]:
     """Remove tokens at sites of one axis and mend everything downstream.
 
-    Returns the reductions made, in order. Raises PreconditionError, with the program half
-    rewritten, where the mending turns out to be impossible: work on a fork.
+    Returns the values of the sites at which tokens leave; not those where all that follows takes
+    them back as they were. Raises PreconditionError, with the program half rewritten, where the
+    mending turns out to be impossible, or where no token leaves anywhere: work on a fork.
     """
     walk = _Walk(edit, axis, reducers)
     for node in list(edit.graph.nodes):
@@ -44,7 +45,25 @@ def reduce_tokens(edit: Edit, axis: TokenAxis, reducers: Mapping[Site, Reducer])
             walk.visit(node)
         except VerificationError as error:
             raise PreconditionError(where(node), f"cannot be mended: {error}", LEAVE_OUT) from error
-    return walk.state.reductions
+    read, state = _behind(next(reversed(edit.graph.nodes))), walk.state
+    real = {site for epoch, site in enumerate(state.places, 1) if state.at(site, epoch) in read}
+    if state.places and not real:
+        reason = "all that follows needs the tokens that leave here, as they were"
+        raise PreconditionError(
+            where(state.places[0]), reason, "name earlier sites, or leave it out"
+        )
+    return real
+
+
+def _behind(node: Node) -> set[Node]:
+    """Return all that a node is computed from."""
+    found, todo = set[Node](), [node]
+    while todo:
+        for arg in todo.pop().all_input_nodes:
+            if arg not in found:
+                found.add(arg)
+                todo.append(arg)
+    return found
 
 
 EXTREMES = (aten.amax.default, aten.amin.default)

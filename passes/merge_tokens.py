@@ -94,8 +94,8 @@ class MergeTokens:
         reducers: Mapping[Site, Reducer] = {
             site: _reducer(self, r) for site, r in plan.left.items() if r
         }
-        reduce_tokens(edit, plan.axis, reducers)
-        return plan.outcome(edit.close())
+        real = reduce_tokens(edit, plan.axis, reducers)
+        return plan.at(real).outcome(edit.close())
 
     def _listed(self) -> tuple[int | float, ...]:
         return self.r if isinstance(self.r, tuple) else (self.r,)

@@ -93,8 +93,8 @@ class PruneTokens:
             for site, before, gone in plan.steps()
             if before is not None and gone
         }
-        reduce_tokens(edit, plan.axis, reducers)
-        return plan.outcome(edit.close())
+        real = reduce_tokens(edit, plan.axis, reducers)
+        return plan.at(real).outcome(edit.close())
 
     def _keeps_all(self) -> bool:
         rates = self.keep if isinstance(self.keep, tuple) else (self.keep,)

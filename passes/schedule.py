@@ -1,9 +1,11 @@
 """Schedules: how many tokens leave at which block, resolved to one number a site."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
+
+from torch.fx import Node
 
 from effopt.axes import Size
 from effopt.errors import PreconditionError, UsageError, unknown
@@ -154,6 +156,11 @@ class Plan:
     axis: TokenAxis
     left: dict[Site, int]
     fused: bool = False
+
+    def at(self, values: Collection[Node]) -> "Plan":
+        """Return the plan without the sites at which no token left in the end."""
+        left = {site: gone for site, gone in self.left.items() if not gone or site.node in values}
+        return replace(self, left=left)
 
     def steps(self) -> list[tuple[Site, int | None, int]]:
         """List the sites with the tokens before (None for a free length) and those that leave."""

@@ -138,3 +138,11 @@ def test_the_value_that_a_site_reduces_is_known_whole(spec: str) -> None:
     found = judge(Spec(out="similar", tokens_first=True, order="parallel"), (spec,))
     assert found.faults == {}
     assert spec in found.right
+
+
+def test_a_site_behind_which_all_tokens_are_needed_is_refused() -> None:
+    """Pruning there would drop nothing in the end; found by fuzzing, as a pass without effect."""
+    spec = "prune-tokens{keep=0.5}"
+    found = judge(Spec(depth=1, front=1, order="parallel", out="tokens_norm"), (spec,))
+    assert found.faults == {}
+    assert "needs the tokens that leave here, as they were" in found.refusals[spec]
