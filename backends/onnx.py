@@ -68,8 +68,11 @@ class Onnx:
             require(folder / MODEL, target)
         pending = f"engine: to be built on {target.arch} from {MODEL}" if target.gpu else ""
         from effopt.backends.quantized import linears
+        from effopt.backends.quantized_noise import rounding_noise
 
         known = {**facts(folder), "integer_layers": len(linears(program))}
+        if known["integer_layers"]:
+            known["integer_noise"] = rounding_noise(program)
         return Artifact(written(folder), known, ports, pending)
 
     def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -41,11 +41,15 @@ _BITS: dict[int, int] = {
     TensorProto.FLOAT8E5M2: 8, TensorProto.FLOAT8E5M2FNUZ: 8, TensorProto.UINT4: 4,
     TensorProto.INT4: 4, TensorProto.FLOAT4E2M1: 4,
 }  # fmt: skip
+FLOAT8 = frozenset({
+    TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ,
+})  # fmt: skip
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
-def check_file(path: Path) -> None:
-    """Check a model file and the weights that it points to.
+def check_file(path: Path) -> frozenset[int]:
+    """Check a model file and the weights that it points to; return the types of its tensors.
 
     Raises UnsafeFileError that names the tensor or node and the rule; nothing outside of the
     file's folder is opened, and no more memory is taken than the file itself needs.
@@ -60,6 +64,7 @@ def check_file(path: Path) -> None:
     weights = _Weights(path.name, os.path.realpath(path.parent))
     _walk(model, weights)
     check_sizes(model, path.name, weights.total)
+    return frozenset(weights.kinds)
 
 
 def _unsafe(place: str, reason: str) -> UnsafeFileError:
@@ -94,6 +99,7 @@ class _Weights:
     model: str
     base: str
     total: int = 0
+    kinds: set[int] = field(default_factory=set)
 
     def check(self, tensor: TensorProto) -> None:
         """Check one tensor's shape against its bytes, inside the file or beside it."""
@@ -101,6 +107,7 @@ class _Weights:
         if any(size < 0 for size in tensor.dims):
             raise _unsafe(place, f"a negative size in {list(tensor.dims)}")
         count = math.prod(tensor.dims)
+        self.kinds.add(tensor.data_type)
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
             self.total += self._external(tensor, place, _bytes(tensor, count, place))
         elif tensor.data_type == TensorProto.STRING:

@@ -1,6 +1,6 @@
 """Quantized linears on their way to ONNX: which form each kind of machine gets.
 
-Ahead of the trace a linear becomes one node without a form (`mark`), so that its integer weights
+Ahead of the trace a linear becomes one node without a form (`mark`), so that its narrow weights
 stay as they are; in the ONNX graph that node gives way to its form (`expand`), with the weights
 packed for it. Linears that read one value share the rounding of that value.
 """
@@ -56,6 +56,7 @@ FORMS: Mapping[_Key, Form] = MappingProxyType({
     ("gpu", "int4", "float"): Form(forms.dequantized_blocks, opset=BLOCKED_OPSET),
     ("gpu", "int8", "float"): Form(forms.dequantized),
     ("gpu", "int8", "static"): Form(forms.static_signed),
+    ("gpu", "fp8", "fp8"): Form(forms.static_floats),
 })  # fmt: skip
 """Forms by kind of machine, type of weights and activations; measured reasons are with each."""
 
@@ -103,12 +104,17 @@ WORDS = ("bits", "group", "activations", "step", "origin", "linear")
 
 def _form(node: Node, given: Mapping[str, Any], kind: str) -> Form:
     """Return the form of a linear; PreconditionError where the kind of machine has none."""
-    weights = f"int{given['bits']}"
+    weights = _weights(given["bits"], given["activations"])
     found = product(kind, weights, given["activations"])
     limit = found if isinstance(found, Limit) else _limit(found, given)
     if limit:
         raise PreconditionError(where(node), f"{kind}: {limit.reason}", limit.remedy)
     return FORMS[kind, weights, given["activations"]]
+
+
+def _weights(bits: int, activations: str) -> str:
+    """Name the type of a linear's weights: both sides are 8-bit floats, or neither is."""
+    return "fp8" if activations == "fp8" else f"int{bits}"
 
 
 def _limit(found: Product, given: Mapping[str, Any]) -> Limit | None:
@@ -130,7 +136,8 @@ def expand(model: ir.Model, kind: str) -> None:
     draft = Draft(model.graph)
     for node in marked:
         linear = Linear.read(node)
-        form = FORMS[kind, f"int{linear.bits}", linear.activations]
+        weights = _weights(linear.bits, linear.activations)
+        form = FORMS[kind, weights, linear.activations]
         result = _write(draft, form, linear)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         draft.put_before(node)

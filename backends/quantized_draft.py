@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Linear:
     """One quantized linear of an ONNX graph; see `effopt.backends.kernels.quantized_linear`.
 
-    codes [N, K] int8, or uint8 with a zero [N, G] uint8; scale [N, G] float32.
+    codes [N, K] int8, uint8 with a zero [N, G] uint8, or float8_e4m3fn; scale [N, G] float32.
     `home` is the graph that holds it; linears of one weight agree in `weight`.
     """
 

@@ -1,7 +1,9 @@
 """The ONNX forms of a quantized linear: node layouts that engines run on integer kernels.
 
 Ratios are to float32 MatMul in onnxruntime 1.31, one thread, x86 with AVX512-VNNI, medians of
-interleaved runs, at [197, 768] x [768, 3072] and at [8, 4096] x [4096, 4096].
+interleaved runs, at [197, 768] x [768, 3072] and at [8, 4096] x [4096, 4096]. The limits of
+`effopt.products` are those of onnxruntime's MatMulNBits and its integer products, as read from the
+graphs that it optimises, and those of TensorRT's documentation of quantized types.
 """
 
 from typing import Any
@@ -13,6 +15,7 @@ from onnx_ir import DataType
 from effopt.backend import Array
 from effopt.backends.packing import pack_blocks, pack_pairs, pack_zeros
 from effopt.backends.quantized_draft import MICROSOFT, Draft, Linear
+from effopt.errors import PreconditionError
 from effopt.products import CPU_BLOCKS, GPU_BLOCKS
 
 _RAGGED = 32
@@ -74,7 +77,7 @@ def _dequantized(draft: Draft, linear: Linear, block: int) -> ir.Value:
     def by_block(array: Array) -> Array:
         return _spread(array, linear, block).T if block else array[:, 0]
 
-    parts.append(draft.weight(linear, "scale", lambda: by_block(linear.scale).astype(real.numpy())))
+    parts.append(draft.weight(linear, "scale", lambda: by_block(_scale(linear, real))))
     zero = linear.zero
     if zero is not None:
         parts.append(
@@ -181,6 +184,11 @@ def static_signed(draft: Draft, linear: Linear) -> ir.Value:
     return _pairs(draft, linear, 0, DataType.INT8)
 
 
+def static_floats(draft: Draft, linear: Linear) -> ir.Value:
+    """Write the same on E4M3 floats; onnxruntime runs it under session.disable_quant_qdq alone."""
+    return _pairs(draft, linear, 0, DataType.FLOAT8E4M3FN)
+
+
 def _pairs(draft: Draft, linear: Linear, origin: int, kind: DataType) -> ir.Value:
     real = _real(linear)
     step = draft.scalar(linear.step, real)
@@ -189,7 +197,7 @@ def _pairs(draft: Draft, linear: Linear, origin: int, kind: DataType) -> ir.Valu
     weight = draft.op(
         "DequantizeLinear",
         draft.weight(linear, "codes", lambda: _codes(linear)),
-        draft.weight(linear, "scale", lambda: linear.scale[:, 0].astype(real.numpy())),
+        draft.weight(linear, "scale", lambda: _scale(linear, real)[:, 0]),
         axis=1,
         name=f"{linear.name}.weight",
     )
@@ -239,6 +247,15 @@ def _tensor(codes: Array, bits: int, signed: bool) -> Array | ir.TensorProtocol:
 def _spread(by_group: Array, linear: Linear, block: int) -> Array:
     """Repeat what stands for a group for each of its blocks: [N, ceil(K / block)]."""
     return np.repeat(by_group, -(-linear.group // block), axis=1)
+
+
+def _scale(linear: Linear, kind: DataType) -> Array:
+    """Return the scales [N, G] in the type of x; PreconditionError where it cannot hold one."""
+    least = 2.0**-14 if kind == DataType.FLOAT16 else 0.0  # the least number of full precision
+    if bool((linear.scale < least).any()):
+        reason = "a scale of its weights is too small for float16"
+        raise PreconditionError(linear.name, reason, "convert the model to bfloat16 or float32")
+    return linear.scale.astype(kind.numpy())
 
 
 def _real(linear: Linear) -> DataType:

@@ -15,16 +15,13 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.numpy_helper import to_array
 
+from effopt.backends.onnx_check import FLOAT8
 from effopt.errors import PreconditionError
 from effopt.target import Target
 
 MAX_TOPK = 3840
 """The largest K that the builder takes."""
 
-_FLOAT8 = (
-    TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ,
-    TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ,
-)  # fmt: skip
 _INLINE = 1 << 16
 
 
@@ -157,7 +154,7 @@ def _has(*kinds: int) -> Callable[[NodeProto, _View], bool]:
 
 
 def _early_float8(node: NodeProto, view: _View) -> bool:
-    return view.arch < 89 and bool(view.kinds(node) & set(_FLOAT8))
+    return view.arch < 89 and bool(view.kinds(node) & FLOAT8)
 
 
 _INTEGER = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from effopt.backend import YES, Array, Support
-from effopt.backends.onnx_check import check_file
+from effopt.backends.onnx_check import FLOAT8, check_file
 from effopt.errors import MissingError, UsageError, VerificationError
 from effopt.signature import Signature
 
@@ -28,8 +28,8 @@ class Session:
         Raises UnsafeFileError for a file that is no plain model, MissingError where onnxruntime
         is not installed, VerificationError where it cannot load the file.
         """
-        check_file(path)
-        self._session = _open(path, check_only)
+        pairs = bool(check_file(path) & FLOAT8)
+        self._session = _open(path, check_only, pairs=pairs)
         self._inputs = [spec.port for spec in signature.inputs]
         self._outputs = [spec.port for spec in signature.outputs]
         found = [port.name for port in self._session.get_inputs()]
@@ -61,7 +61,14 @@ def optimize(path: Path, into: Path) -> None:
     _open(path, check_only=False, optimized=into)
 
 
-def _open(path: Path, check_only: bool, optimized: Path | None = None) -> Any:
+def _open(
+    path: Path, check_only: bool, optimized: Path | None = None, *, pairs: bool = False
+) -> Any:
+    """Open a file; `pairs` leaves quantize-dequantize pairs where they are.
+
+    onnxruntime moves codes into integer products and transposes, which take no 8-bit floats, and
+    then refuses the graph that it made.
+    """
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -71,6 +78,8 @@ def _open(path: Path, check_only: bool, optimized: Path | None = None) -> Any:
     if check_only:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if pairs:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         weights = "session.optimized_model_external_initializers_file_name"

@@ -4,7 +4,8 @@ An error says what is wrong, where, why, and what to do instead (the remedy).
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -49,6 +50,15 @@ class PreconditionError(EffoptError):
 
     def __str__(self) -> str:
         return f"{self.node}: {super().__str__()}"
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Name the place in an error of use, such as a weight that is no number."""
+    try:
+        yield
+    except UsageError as error:
+        raise PreconditionError(place, error.reason, error.remedy) from error
 
 
 class VerificationError(EffoptError):

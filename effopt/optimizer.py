@@ -21,6 +21,7 @@ from effopt.capture import capture
 from effopt.cost import macs
 from effopt.errors import MissingError, PreconditionError
 from effopt.measure import peak_rss_mb
+from effopt.memory import give_back
 from effopt.pipeline import Pass, Pipeline, Step, spec_of
 from effopt.program import Program
 from effopt.recipe import steps_of
@@ -159,6 +160,7 @@ def _measured(report: Report, original: Program, program: Program, clock: Clock)
     with clock.stage("quality"):
         before = named(original, original.run(original.samples))
         after = named(original, program.run(original.samples))
+        give_back()
     return refresh(
         report,
         clock,

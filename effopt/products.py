@@ -1,7 +1,6 @@
 """Which quantized linear layers each kind of machine runs, and within which limits.
 
-Passes ask before they quantize, backends before they write. Sources: onnxruntime's kernels, as read
-from the graphs that it optimises; TensorRT's documentation of quantized types.
+Passes ask before they quantize, backends before they write: each row has its form in ONNX.
 """
 
 from collections.abc import Mapping
@@ -36,8 +35,8 @@ class Product:
     ragged: bool = False
     centred: bool = False
 
-    def takes(self, group: int, columns: int) -> bool:
-        """Tell whether blocks of `group` weights in rows of `columns` are within the limits."""
+    def takes(self, group: int, columns: int | None = None) -> bool:
+        """Tell whether blocks of `group` weights in rows of `columns`, if known, are allowed."""
         if group == columns and (self.whole or self.ragged):
             return True
         return not self.whole and (
@@ -63,9 +62,9 @@ class Product:
 
 
 CPU_BLOCKS = (256, 128, 64, 32, 16)
-"""Sizes of a block that onnxruntime's MatMulNBits has kernels for, the fastest first."""
+"""Sizes of a block that kernels on a CPU take, the fastest first."""
 GPU_BLOCKS = (128, 64)
-"""Sizes of a block that TensorRT takes."""
+"""Sizes of a block that kernels on a GPU take."""
 
 _INTEGERS = Product("int8", symmetric=True)
 _AT_RUN_TIME = Product("int8-dynamic", symmetric=True)
@@ -85,12 +84,14 @@ PRODUCTS: Mapping[tuple[str, str, str], Product] = MappingProxyType({
     ("gpu", "int4", "float"): Product("int4-weights", symmetric=True, blocks=GPU_BLOCKS),
     ("gpu", "int8", "float"): Product("int8", symmetric=True, whole=True),
     ("gpu", "int8", "static"): Product("int8", symmetric=True, centred=True),
+    ("gpu", "fp8", "fp8"): Product("fp8", symmetric=True, whole=True),
 })  # fmt: skip
 """Products by kind of machine, type of weights and activations."""
 
 ACTIVATIONS: Mapping[str, str] = MappingProxyType({
     "float": "float activations",
     "static": "calibrated activations",
+    "fp8": "calibrated activations in 8-bit floats",
     "tensor": "activations whose ranges are found at run time",
     "row": "activations whose ranges are found row by row at run time",
 })  # fmt: skip

@@ -2,8 +2,9 @@
 
 The facts are `{"layers": [{"path", "shape": [N, K], "bits", "group", "symmetric", "error",
 "measured_on"}, ...], "groups": [{"kind", "linears", "producers", "ratio" or "alpha", "loss",
-"rtn_loss"}, ...], "float": {path: reason}}`. A report may come from a stranger, so they may be any
-JSON: what is no row is left out, and what is no figure is None. Free of torch.
+"rtn_loss"}, ...], "float": {path: reason}, "bytes": {kind: [before, after]}}`. A report may come
+from a stranger, so they may be any JSON: what is no row is left out, and what is no figure is None.
+Free of torch.
 """
 
 import sys
@@ -34,12 +35,17 @@ KINDS = {
 """How the scales of a group are taken up: by constants ahead, by fewer of them, by a new node."""
 
 
+SIZES = {"embeddings": "embeddings", "linear": "linear layers", "other": "other weights"}
+"""What weights of a kind are called."""
+
+
 @dataclass(frozen=True)
 class LayerRow:
     """One layer: its path, outputs N and inputs K, and the codes of its weights.
 
     `group` is how many weights of a row share a scale. `error` is the change of the layer's outputs
     as a share of their energy, None where it is no number; `measured_on` says on what inputs.
+    `kind` is what it is if no linear layer, `values` what its weights are if no integers.
     """
 
     path: str
@@ -50,13 +56,18 @@ class LayerRow:
     symmetric: bool
     error: float | None
     measured_on: str
+    kind: str = ""
+    values: str = ""
 
     @property
     def weights(self) -> str:
-        """Write the codes: `4 bits, blocks of 128`."""
+        """Write the codes: `4 bits, blocks of 128`; before them what it is if no linear layer."""
+        what = f"{self.kind}: " if self.kind else ""
+        if self.values:
+            return f"{what}{self.values}"
         by_row = not 0 < self.group < self.inputs
         scale = "one scale a row" if by_row else f"blocks of {self.group}"
-        return f"{self.bits} bits, {scale}{'' if self.symmetric else ', asymmetric'}"
+        return f"{what}{self.bits} bits, {scale}{'' if self.symmetric else ', asymmetric'}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,20 @@ class GroupRow:
 
 
 @dataclass(frozen=True)
+class SizeRow:
+    """How many bytes the weights of a kind took before a step and after it."""
+
+    what: str
+    before: int
+    after: int
+
+    @property
+    def share(self) -> str:
+        """Write the size after as a share of that before."""
+        return f"{figure(100 * self.after / self.before)} %" if self.before else "-"
+
+
+@dataclass(frozen=True)
 class Layers:
     """What one step said of layers; `left` are paths that stay in float, by their reason."""
 
@@ -90,6 +115,7 @@ class Layers:
     rows: tuple[LayerRow, ...]
     groups: tuple[GroupRow, ...]
     left: tuple[tuple[str, tuple[str, ...]], ...]
+    sizes: tuple[SizeRow, ...] = ()
 
     @property
     def counts(self) -> list[tuple[str, list[LayerRow]]]:
@@ -140,7 +166,21 @@ def _layers(step: StepRecord) -> Layers:
         tuple(row for row in rows if row),
         tuple(group for group in groups if group.linears),
         tuple((reason, tuple(str(path) for path, _ in found)) for reason, found in left),
+        _sizes(facts.get("bytes")),
     )
+
+
+def _sizes(given: object) -> tuple[SizeRow, ...]:
+    """Return a row for each kind of weights that there are, and their sum."""
+    rows = list[SizeRow]()
+    for kind, words in SIZES.items():
+        pair = given.get(kind) if isinstance(given, dict) else None
+        counts = [_count(item) for item in pair] if isinstance(pair, list) else []
+        if len(counts) == 2 and None not in counts and any(counts):
+            rows.append(SizeRow(words, *(count or 0 for count in counts)))
+    if len(rows) < 2:
+        return tuple(rows)
+    return *rows, SizeRow("all", sum(r.before for r in rows), sum(r.after for r in rows))
 
 
 def _records(given: object) -> list[dict[str, Any]]:
@@ -149,6 +189,7 @@ def _records(given: object) -> list[dict[str, Any]]:
 
 def _layer(item: dict[str, Any]) -> LayerRow | None:
     path, shape, on = item.get("path"), item.get("shape"), item.get("measured_on")
+    kind, values = item.get("kind"), item.get("weights")
     sizes = shape if isinstance(shape, list) and len(shape) == 2 else []
     counts = [_count(given) for given in (*sizes, item.get("bits"), item.get("group"))]
     if not isinstance(path, str) or len(counts) < 4 or None in counts[:3]:
@@ -163,6 +204,8 @@ def _layer(item: dict[str, Any]) -> LayerRow | None:
         symmetric=item.get("symmetric") is not False,
         error=_number(item.get("error")),
         measured_on=on if isinstance(on, str) else "",
+        kind=kind if isinstance(kind, str) else "",
+        values=values if isinstance(values, str) else "",
     )
 
 

@@ -1,8 +1,9 @@
-"""Layers on integer weights in the report page: each layer, its group, and what stays in float."""
+"""Quantized layers in the report page: each layer, its group, and what stays in float."""
 
 from collections.abc import Sequence
 
 from effopt.markup import Child, Markup, join, tag
+from effopt.plain import bytes_text
 from effopt.report import StepRecord
 from effopt.report_layers import (
     CAPTION,
@@ -33,14 +34,24 @@ def _layers(layers: Layers) -> Markup:
     columns = ("Layer", "Size", "Weights", "Measured on", "", "Error")
     rows = [_layer_cells(row, top) for row in layers.rows]
     return section(
-        "Layers on integer weights",
+        "Quantized layers",
         tag("p", tag("code", layers.spec), class_="small"),
         table(("Weights", "Layers", "Largest error"), counts),
+        _sizes(layers),
         folded(f"{len(rows)} layers", table(columns, rows, left=5)),
         _groups(layers.groups),
         _left(layers),
         tag("p", f"{CAPTION}.", class_="soft small"),
     )
+
+
+def _sizes(layers: Layers) -> Markup:
+    if not layers.sizes:
+        return Markup()
+    rows = (
+        (row.what, bytes_text(row.before), bytes_text(row.after), row.share) for row in layers.sizes
+    )
+    return table(("Weights of", "Before", "After", "Share"), rows)
 
 
 def _layer_cells(row: LayerRow, top: float) -> tuple[Child, ...]:

@@ -93,7 +93,7 @@ def _parts(report: "Report") -> Iterable[RenderableType]:
     yield Text("")
     tables = [_latency(report.latency), _quality(report.quality), _steps(report.steps)]
     for layers in read_layers(report.steps):
-        tables += [_weights(layers), _worst(layers)]
+        tables += [_weights(layers), _sizes(layers), _worst(layers)]
     for made in tables:
         if made.row_count:
             yield made
@@ -201,6 +201,13 @@ def _weights(layers: Layers) -> Table:
         for reason, paths in layers.left
     ]
     return table(f"Layers of {clean(layers.spec)}", ("weights", "layers", "largest error"), cells)
+
+
+def _sizes(layers: Layers) -> Table:
+    cells = (
+        (row.what, bytes_text(row.before), bytes_text(row.after), row.share) for row in layers.sizes
+    )
+    return table("Sizes", ("weights of", "before", "after", "share"), cells)
 
 
 def _worst(layers: Layers) -> Table:

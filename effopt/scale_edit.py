@@ -24,7 +24,7 @@ def apply_scales(edit: Edit, scales: Scales, chosen: Mapping[ScaleGroup, Tensor]
     PreconditionError where a scale is no positive finite number or leaves the range of a weight.
     """
     for group, scale in chosen.items():
-        _check(edit, scales, group, scale)
+        check_scales(edit, scales, group, scale)
     muls = {group: scale for group, scale in chosen.items() if group.kind == "mul"}
     factors: dict[Node, Tensor] = {}
     for constant, factor in (*_sites(edit, scales, chosen), *_columns(muls)):
@@ -34,10 +34,11 @@ def apply_scales(edit: Edit, scales: Scales, chosen: Mapping[ScaleGroup, Tensor]
         name = f"{str(constant.target).replace('.', '_')}_scaled"
         edit.replace(constant, edit.constant(name, tensor))
     for group, scale in muls.items():
-        _multiply(edit, group, scale)
+        multiply_source(edit, group, scale)
 
 
-def _check(edit: Edit, scales: Scales, group: ScaleGroup, scale: Tensor) -> None:
+def check_scales(edit: Edit, scales: Scales, group: ScaleGroup, scale: Tensor) -> None:
+    """Raise what `apply_scales` raises for the scales of a group."""
     if group not in scales.groups or group.source.graph is not edit.graph:
         raise UsageError("a scale group of another program", "find the groups of this program")
     if tuple(scale.shape) != (group.count,):
@@ -79,7 +80,7 @@ def _scaled(program: Program, node: Node, factor: Tensor) -> Tensor:
     )
 
 
-def _multiply(edit: Edit, group: ScaleGroup, scale: Tensor) -> None:
+def multiply_source(edit: Edit, group: ScaleGroup, scale: Tensor) -> None:
     """Add one multiplication of the source by 1/s, which the layers of the group read."""
     source = group.source
     val = value(source)

@@ -1,4 +1,4 @@
-"""Spool: what an iterator yields once, kept in a temporary file so that it can be read again."""
+"""Spool and shelf: tensors in a temporary file instead of memory, to be read again."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,26 +12,59 @@ from torch.utils import _pytree as pytree
 from effopt.errors import EffoptError
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the bytes of one tensor are."""
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A tensor on a shelf: `read` makes it anew."""
 
+    file: IO[bytes]
     start: int
     dtype: torch.dtype
     shape: torch.Size
+
+    def read(self) -> Tensor:
+        """Return the tensor, in memory of its own."""
+        data = bytearray(self.shape.numel() * self.dtype.itemsize)
+        self.file.seek(self.start)
+        self.file.readinto(data)  # type: ignore[attr-defined]
+        if not data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
+
+
+class Shelf:
+    """Keeps tensors of the CPU in an anonymous temporary file (in TMPDIR), not in memory.
+
+    The file goes with the last of what is kept in it, or when the process ends. EffoptError where
+    it cannot be written.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="effopt-")  # noqa: SIM115 - kept open
+
+    def put(self, tensor: Tensor) -> Kept:
+        """Write a tensor of the CPU."""
+        flat = tensor.detach().contiguous().reshape(-1)
+        try:
+            start = self._file.seek(0, 2)
+            self._file.write(flat.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise EffoptError(
+                f"the calibration data cannot be kept for a second reading: {error.strerror}",
+                "set TMPDIR to a folder with room, or pass a list or a file",
+            ) from error
+        return Kept(self._file, start, tensor.dtype, tensor.shape)
 
 
 class Spool:
     """An iterable of nested tensors out of an iterator, which is read once, as far as asked.
 
-    The bytes of the tensors are in an anonymous temporary file (in TMPDIR), which goes when the
-    spool does or the process ends; only nesting, shapes and leaves that are no tensor on the CPU
-    are in memory. EffoptError where the file cannot be written.
+    The tensors are on a shelf; only nesting, and leaves that are no tensor on the CPU, are in
+    memory.
     """
 
     def __init__(self, source: Iterator[object]) -> None:
         self._source = source
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="effopt-")  # noqa: SIM115 - kept open
+        self._shelf = Shelf()
         self._items: list[tuple[list[object], pytree.TreeSpec]] = []
 
     def __iter__(self) -> Iterator[object]:
@@ -39,8 +72,14 @@ class Spool:
         index = 0
         while index < len(self._items) or self._pull():
             leaves, spec = self._items[index]
-            yield pytree.tree_unflatten(map(self._load, leaves), spec)
+            loaded = (leaf.read() if isinstance(leaf, Kept) else leaf for leaf in leaves)
+            yield pytree.tree_unflatten(loaded, spec)
             index += 1
+
+    def fill(self) -> None:
+        """Read the source to its end."""
+        while self._pull():
+            pass
 
     def _pull(self) -> bool:
         """Write one more item; False at the end of the source."""
@@ -53,25 +92,6 @@ class Spool:
         return True
 
     def _store(self, leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or leaf.device.type != "cpu":
-            return leaf
-        flat = leaf.detach().contiguous().reshape(-1)
-        try:
-            start = self._file.seek(0, 2)
-            self._file.write(flat.view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise EffoptError(
-                f"the calibration data cannot be kept for a second reading: {error.strerror}",
-                "set TMPDIR to a folder with room, or pass a list or a file",
-            ) from error
-        return _Place(start, leaf.dtype, leaf.shape)
-
-    def _load(self, leaf: object) -> object:
-        if not isinstance(leaf, _Place):
-            return leaf
-        data = bytearray(leaf.shape.numel() * leaf.dtype.itemsize)
-        self._file.seek(leaf.start)
-        self._file.readinto(data)  # type: ignore[attr-defined]
-        if not data:
-            return torch.empty(leaf.shape, dtype=leaf.dtype)
-        return torch.frombuffer(data, dtype=leaf.dtype).reshape(leaf.shape)
+        if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
+            return self._shelf.put(leaf)
+        return leaf

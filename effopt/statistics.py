@@ -1,8 +1,8 @@
 """Statistics of a running program: the calibration data goes through it once, as a stream."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,14 @@ from effopt.errors import PreconditionError, UsageError
 from effopt.masks import find_padding
 from effopt.program import Program, is_tensor, shape, value, where
 from effopt.sites import find_tokens
+from effopt.spool import Spool
 from effopt.tokens import Range, Tokens
+
+if TYPE_CHECKING:
+    from effopt.calibration import Calibration
+
+Values = dict[Node, Any]
+"""What nodes yield for one batch."""
 
 EXCLUDED = "excluded"
 NO_TOKENS = "none: it holds no tokens"
@@ -57,34 +64,54 @@ def gather(
     node (a string says why there is none), else as `find_real` finds.
 
     Memory: one batch of inputs, the values of that batch that are still to be read, and the
-    collectors. Only what the wanted nodes follow from is run. So a large model fits if it is
-    gathered a group of layers at a time, by calls with few nodes each: n calls run the graph
-    about n / 2 times, and what the collectors of one call hold is all that adds to the model.
+    collectors; `gather_in_parts` has few of these at a time. Only what the wanted nodes follow
+    from is run.
 
     Raises UsageError without calibration data; PreconditionError, with the node, for a value
     that is no floating tensor or holds NaN or infinity.
     """
-    data = program.calibration
-    if data is None:
+    data, plan = _data(program), _plan(program, wanted, real or {})
+    seen = _unseen(data, plan)
+    for _ in _run(program, plan, slice(None), _inputs(program, data, plan), wanted, seen):
+        pass
+    return seen
+
+
+def gather_in_parts(
+    program: Program,
+    sizes: Mapping[Node, int],
+    start: Callable[[Node], Sequence[Collector]],
+    limit: int,
+) -> Iterator[dict[Node, Sequence[Collector]]]:
+    """Run the calibration data once, a part of the graph at a time; yield each part's collectors.
+
+    `sizes` are the bytes that the collectors of each wanted node come to hold, which `start`
+    makes: those of a part hold `limit` bytes together, or are of one node. All batches go through
+    a part before the next begins, and a temporary file has the values in between. So what is in
+    memory does not grow with the depth of a model, if the caller lets collectors go. The graph
+    must stay as it is meanwhile. Otherwise as `gather`.
+    """
+    data, plan = _data(program), _plan(program, sizes, {})
+    states: Iterable[Values] = _inputs(program, data, plan)
+    for stretch, nodes in _parts(plan, sizes, limit):
+        wanted, seen = {node: start(node) for node in nodes}, _unseen(data, plan)
+        left = Spool(_run(program, plan, stretch, states, wanted, seen))
+        left.fill()
+        states = cast("Iterable[Values]", left)
+        yield wanted
+
+
+def _data(program: Program) -> "Calibration":
+    if program.calibration is None:
         raise UsageError(
             "there is no calibration data", "pass calibration=batches, or --calibration FILE"
         )
-    for node in wanted:
-        _check_node(node)
-    found = {node: (real or {}).get(node) or find_real(program, node) for node in wanted}
-    seen = {
-        node: Seen(data.samples, 0, 0, known if isinstance(known, str) else EXCLUDED)
-        for node, known in found.items()
-    }
-    masks = {node: known for node, known in found.items() if isinstance(known, Real)}
-    plan = _plan(program, {n: (n, masks[n].mask) if n in masks else (n,) for n in wanted})
-    for index, batch in enumerate(data):
-        for node, values in _run(program, plan, batch):
-            rows, dropped = _rows(values, node, masks.get(node))
-            _feed(node, rows, wanted[node], index)
-            now = seen[node]
-            seen[node] = replace(now, rows=now.rows + len(rows), dropped=now.dropped + dropped)
-    return seen
+    return program.calibration
+
+
+def _unseen(data: "Calibration", plan: "_Plan") -> dict[Node, Seen]:
+    notes = {node: rows if isinstance(rows, str) else EXCLUDED for node, rows in plan.real.items()}
+    return {node: Seen(data.samples, 0, 0, note) for node, note in notes.items()}
 
 
 def _check_node(node: Node) -> None:
@@ -137,11 +164,11 @@ def _places(node: Node, tokens: Tokens, spots: Mapping[int, Range | str]) -> tup
     return ()
 
 
-def _rows(values: Mapping[Node, Any], node: Node, real: Real | None) -> tuple[Tensor, int]:
+def _rows(values: Values, node: Node, real: Real | str) -> tuple[Tensor, int]:
     """Return the rows [T, K] of a value that are no padding, and how many are."""
     found: Tensor = values[node]
     rows = found.reshape(-1, found.shape[-1])
-    if real is None:
+    if isinstance(real, str):
         return rows, 0
     mask: Tensor = values[real.mask]
     kept = (mask != 0).reshape(mask.shape[0], mask.shape[-1])
@@ -156,26 +183,37 @@ def _rows(values: Mapping[Node, Any], node: Node, real: Real | None) -> tuple[Te
 
 @dataclass(frozen=True)
 class _Plan:
-    """The nodes to run in order; after which of them a wanted value is complete, and which end."""
+    """The nodes to run in order; after which of them a wanted value is complete, and which end.
+
+    Weights are not among them: they are read where they are. `real` says of each wanted value
+    which of its rows are no padding.
+    """
 
     order: tuple[Node, ...]
     due: Mapping[Node, list[Node]]
     ends: Mapping[Node, list[Node]]
+    real: Mapping[Node, Real | str]
 
 
-def _plan(program: Program, reads: Mapping[Node, tuple[Node, ...]]) -> _Plan:
-    """Plan a run of what is read; a node of `reads` is due once all of its sources are there."""
+def _plan(program: Program, wanted: Iterable[Node], real: Mapping[Node, Real | str]) -> _Plan:
+    """Plan a run of what is wanted: a value is due once its padding mask is there too."""
+    known = dict[Node, Real | str]()
+    for node in wanted:
+        _check_node(node)
+        known[node] = real.get(node) or find_real(program, node)
+    reads = {n: (n, rows.mask) if isinstance(rows, Real) else (n,) for n, rows in known.items()}
     needed, todo = set[Node](), [node for sources in reads.values() for node in sources]
+    asked = set(todo)
     while todo:
         node = todo.pop()
-        if node not in needed:
+        if node not in needed and (node.op != "get_attr" or node in asked):
             needed.add(node)
             todo += node.all_input_nodes
     order = tuple(node for node in program.nodes() if node in needed)
     place = {node: number for number, node in enumerate(order)}
     last = {node: node for node in order}
     for node in order:
-        last.update(dict.fromkeys(node.all_input_nodes, node))
+        last.update({source: node for source in node.all_input_nodes if source in needed})
     due: dict[Node, list[Node]] = {}
     for node, sources in reads.items():
         ready = max(sources, key=place.__getitem__)
@@ -185,27 +223,68 @@ def _plan(program: Program, reads: Mapping[Node, tuple[Node, ...]]) -> _Plan:
     ends: dict[Node, list[Node]] = {}
     for node, reader in last.items():
         ends.setdefault(reader, []).append(node)
-    return _Plan(order, due, ends)
+    return _Plan(order, due, ends, known)
+
+
+def _parts(
+    plan: _Plan, sizes: Mapping[Node, int], limit: int
+) -> Iterator[tuple[slice, list[Node]]]:
+    """Cut a plan where the collectors of what is due so far reach the limit."""
+    begin, held, nodes = 0, 0, list[Node]()
+    for place, node in enumerate(plan.order):
+        due = plan.due.get(node, [])
+        size = sum(sizes[wanted] for wanted in due)
+        if nodes and due and held + size > limit:
+            yield slice(begin, place), nodes
+            begin, held, nodes = place, 0, []
+        nodes, held = [*nodes, *due], held + size
+    yield slice(begin, None), nodes
+
+
+def _inputs(program: Program, data: "Calibration", plan: _Plan) -> Iterator[Values]:
+    """Yield the inputs of each batch."""
+    needed = set(plan.order)
+    for batch in data:
+        pairs = zip(program.inputs(), batch, strict=True)
+        yield {node: tensor for node, tensor in pairs if node in needed}
 
 
 def _run(
-    program: Program, plan: _Plan, batch: Sequence[Tensor]
-) -> Iterator[tuple[Node, Mapping[Node, Any]]]:
-    """Run one batch; yield each wanted node when its values are there. Values go after last use."""
-    inputs = dict(zip(program.inputs(), batch, strict=True))
-    values: dict[Node, Any] = {}
-    for node in plan.order:
-        values[node] = inputs[node] if node in inputs else _compute(program, node, values)
-        for wanted in plan.due.get(node, ()):
-            yield wanted, values
-        for ended in plan.ends.get(node, ()):
-            del values[ended]
+    program: Program,
+    plan: _Plan,
+    stretch: slice,
+    states: Iterable[Values],
+    wanted: Mapping[Node, Sequence[Collector]],
+    seen: dict[Node, Seen],
+) -> Iterator[Values]:
+    """Run a stretch of the plan on each batch, and feed the collectors of what is due in it.
+
+    `states` are what each batch has of values so far; yields what it has of them then. Values go
+    after their last use.
+    """
+    for index, values in enumerate(states):
+        for node in plan.order[stretch]:
+            if node not in values:
+                values[node] = _compute(program, node, values)
+            for due in plan.due.get(node, ()):
+                rows, dropped = _rows(values, due, plan.real[due])
+                _feed(due, rows, wanted[due], index)
+                now = seen[due]
+                seen[due] = replace(now, rows=now.rows + len(rows), dropped=now.dropped + dropped)
+                del rows
+            for ended in plan.ends.get(node, ()):
+                del values[ended]
+        yield values
 
 
 @torch.no_grad()
-def _compute(program: Program, node: Node, values: Mapping[Node, Any]) -> Any:
+def _compute(program: Program, node: Node, values: Values) -> Any:
     if node.op == "get_attr":
         return program.weight(node).detach()
     assert callable(node.target)
-    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+
+    def held(source: Node) -> Any:
+        return values[source] if source in values else program.weight(source).detach()
+
+    args, kwargs = map_arg((node.args, node.kwargs), held)
     return node.target(*args, **kwargs)

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from effopt.console import Progress, print_error
-from effopt.errors import EffoptError, unknown
+from effopt.errors import EffoptError
 from effopt.measure import Cosine, cosine
 from effopt.plain import figure
 from effopt.report import Latency
@@ -34,6 +34,7 @@ from examples.variants import (
     Variant,
     caption,
     cells,
+    chosen,
     converted,
     eager,
     plain_export,
@@ -190,20 +191,11 @@ def conversion_text(found: Mapping[str, Any], colour: bool) -> str:
     return text_of(title, made, "", below, "", colour=colour)
 
 
-def _models(text: str) -> tuple[str, ...]:
-    known = (*CASES, *MORE)
-    names = tuple(name.strip() for name in text.split(","))
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise argparse.ArgumentTypeError(unknown("model", wrong[0], known).reason)
-    return names
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="examples.bench", description=__doc__)
     every = ",".join((*CASES, *MORE))
-    parser.add_argument("--models", type=_models, default=every, help=f"of {every}")
+    parser.add_argument("--models", type=chosen((*CASES, *MORE)), default=every, help=f"of {every}")
     parser.add_argument(
         "--seconds", type=float, default=20.0, metavar="S", help="timing of each batch size"
     )

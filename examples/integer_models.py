@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from examples.variants import Tensors
 
@@ -83,9 +83,29 @@ def _bert(small: bool) -> tuple[nn.Module, Tensors]:
     return model.eval(), {"input_ids": ids * mask, "attention_mask": mask}
 
 
+class Layers(nn.Module):
+    """Square linear layers on a residual stream: what a decoder multiplies by for each token."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+
+    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Map [B, width] to {"output": [B, width]}."""
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return {"output": hidden}
+
+
+def _decode(small: bool) -> tuple[nn.Module, Tensors]:
+    width = 128 if small else 4096
+    return Layers(width, 1 if small else 4).eval(), {"hidden": torch.randn(2 * ROWS, width)}
+
+
 CASES: Mapping[str, Case] = MappingProxyType(
     {
         "vit": Case("ViT-B/16, outlier channels, 197 tokens: logits", _vit, "logits"),
         "bert": Case("BERT-base, 128 tokens: last hidden state", _bert, "last_hidden_state"),
+        "decode": Case("four layers of 4096 x 4096, a token a row", _decode, "output"),
     }
 )

@@ -1,5 +1,6 @@
 """One model, several ways to run it: made, timed against each other, and set side by side."""
 
+import argparse
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import effopt
+from effopt.errors import unknown
 from effopt.measure import Timing, compare
 from effopt.plain import figure, time_text
 from effopt.report import Latency, Report
@@ -47,6 +49,20 @@ class Variant:
     macs: int
     size: int
     plain: bool = False
+
+
+def chosen(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return the reader of an option that lists some of the known names: `a,b`."""
+    names = tuple(known)
+
+    def read(text: str) -> tuple[str, ...]:
+        given = tuple(name.strip() for name in text.split(","))
+        for name in given:
+            if name not in names:
+                raise argparse.ArgumentTypeError(unknown("model", name, names).reason)
+        return given
+
+    return read
 
 
 def threads() -> int:

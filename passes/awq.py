@@ -4,7 +4,7 @@ A channel that activations make important is scaled up before rounding and down 
 its weights lie on a finer grid. Then each block of a row is clipped where that helps its outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
@@ -16,6 +16,9 @@ from effopt.errors import UsageError
 from effopt.passes.rounding import Grid, fake
 
 LEAST_SCALE = 1e-4
+
+PART = 1 << 20
+"""Elements of a weight that are tried at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,12 @@ def per_root(
     return empty.scatter_reduce(0, roots.long(), values, how, include_self=False)
 
 
+def in_parts(weight: Tensor) -> Iterator[Tensor]:
+    """Cut a weight [N, K] into rows of at most PART elements: what is computed of them is small."""
+    count = max(1, PART // weight.shape[1])
+    return (weight[start : start + count] for start in range(0, len(weight), count))
+
+
 def search_clip(
     x: Tensor,
     weight: Tensor,
@@ -103,7 +112,7 @@ def search_clip(
     steps: int = 20,
     shrink: float = 0.5,
     tokens: int = 512,
-    memory: int = 256 << 20,
+    memory: int = 4 << 20,
 ) -> Tensor:
     """Clip each block of a weight [N, K] to the bound that changes its own share of y least.
 
@@ -151,9 +160,11 @@ def _inputs(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 def _changed(rows: Tensor, weight: Tensor, scale: Tensor, grid: Grid) -> float:
     """Return how much rounding a scaled weight changes y: squares, summed over the tokens."""
-    change = fake(weight * scale, grid) / scale - weight
-    squares = (rows @ change.T).square_().sum(dtype=torch.float64)
-    return float(squares) / len(weight)
+    squares = 0.0
+    for part in in_parts(weight):
+        change = fake(part * scale, grid).div_(scale).sub_(part)
+        squares += float((rows @ change.T).square_().sum(dtype=torch.float64))
+    return squares / len(weight)
 
 
 def _clipped(rows: Tensor, weight: Tensor, grid: Grid, factors: Sequence[float]) -> Tensor:

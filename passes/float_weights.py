@@ -21,17 +21,17 @@ def _powers(weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Tensor:
 
 def _sparse(weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Tensor:
     """Keep the weights that matter to the inputs seen, and fit them; else the largest."""
-    if seen is None or seen.hessian is None:
+    hessian = None if seen is None else seen.hessian
+    if hessian is None:
         return weight * two_of_four(weight)
-    mask = two_of_four(weight, seen.hessian.diagonal().sqrt().float())
-    return reconstruct(weight, mask, seen.hessian).to(weight.dtype)
+    mask = two_of_four(weight, hessian.diagonal().sqrt().float())
+    return reconstruct(weight, mask, hessian).to(weight.dtype)
 
 
 def _cast(weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Tensor:
     kind = getattr(torch, plan.scheme.weights)
-    if not weight.abs().max() <= torch.finfo(kind).max:
-        reason = f"a weight is beyond {plan.scheme.weights}, or no number"
-        raise UsageError(reason, "choose bf16, or leave this layer in float")
+    if not torch.isfinite(weight).all():
+        raise UsageError("a weight is NaN or infinite", "repair the checkpoint")
     return weight.to(kind)
 
 

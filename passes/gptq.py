@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from effopt.errors import UsageError
+from effopt.memory import give_back
 from effopt.passes.rounding import Grid, Rounded, nearest, real, rounded, steps
 
 RAISED = (0.01, 0.1, 1.0)
 """Dampings to go on with, in this order, where the wanted one is not enough."""
+
+LEAST_PIVOT = 1e-12
+"""The least diagonal of a factor whose inverse float32 holds."""
+
+ROWS = 256
+"""Rows of a Hessian that are worked on at a time."""
 
 
 def gptq(
@@ -39,13 +46,18 @@ def gptq(
     blocks = grid.cut(weight)
     count, group = weight.shape[1], blocks.shape[2]
     scale, zero = steps(blocks, grid)
-    hessian = checked_hessian(hessian, count)
+    mean = check_hessian(hessian, count)
     visited = torch.arange(count, device=weight.device)
     if order:
-        visited = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _factor(hessian[visited][:, visited], damp).to(weight.device)
+        diagonal = hessian.diagonal()
+        visited = torch.where(diagonal > 0, diagonal, mean).argsort(descending=True, stable=True)
+    lower = _cholesky(hessian, visited.flip(0), mean, damp).float()
+    del hessian  # of K * K numbers, as the next two: of what the caller lets go none stays
+    factor = _inverse(lower).to(weight.device)
+    del lower
+    give_back()
     # Columns are the rows of these two, so that each lies in one piece.
-    left = blocks.reshape(weight.shape).T[visited].contiguous()
+    left = blocks.reshape(weight.shape).T.index_select(0, visited)
     codes = torch.empty_like(left)
     homes = (visited // group).tolist()
     for start, stop in _spans(count, count if order else group, block):
@@ -59,9 +71,10 @@ def gptq(
             errors[at - start] = left[at] - real(codes[at], step, origin, grid)
             errors[at - start] /= factor[at, at]
             left[at:stop] -= torch.outer(factor[at, at:stop], errors[at - start])
-        left[stop:] -= factor[start:stop, stop:].T @ errors
-    placed = torch.empty_like(codes)
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    placed = left  # its numbers are used up
     placed[visited] = codes
+    del factor, codes
     return rounded(placed.T.contiguous(), scale, zero, grid)
 
 
@@ -69,42 +82,72 @@ def checked_hessian(hessian: Tensor, columns: int) -> Tensor:
     """Return a Hessian [K, K] in float64, scaled so that its diagonal has the mean 1.
 
     A channel that no input used has 1 on the diagonal and is apart from all others.
+    Raises UsageError as `check_hessian`.
+    """
+    mean = check_hessian(hessian, columns)
+    return _scaled(hessian, torch.arange(columns, device=hessian.device), mean)
+
+
+def check_hessian(hessian: Tensor, columns: int) -> float:
+    """Return the mean of the diagonal of a Hessian [K, K], over the channels that inputs used.
+
     Raises UsageError if it is not a finite symmetric matrix with a diagonal of squares.
     """
     remedy = "give the sum of x x^T over the inputs x of the layer, without padding"
     if hessian.shape != (columns, columns):
         reason = f"a Hessian is {list(hessian.shape)} for {columns} channels"
         raise UsageError(reason, remedy)
-    if not torch.isfinite(hessian).all():
+    if not all(bool(end.isfinite()) for end in hessian.aminmax()):
         raise UsageError("a Hessian has NaN or infinite values", remedy)
-    hessian = hessian.double()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().double()
     near = 1e-4 * float(diagonal.max())
-    if (diagonal < 0).any() or not torch.allclose(hessian, hessian.T, rtol=0, atol=near):
+    uneven = max(float((hessian[rows] - hessian[:, rows].T).abs().max()) for rows in _rows(columns))
+    if (diagonal < 0).any() or uneven > near:
         raise UsageError("a Hessian is not symmetric with a diagonal of squares", remedy)
-    dead = diagonal == 0
-    if dead.all():
-        return torch.diag(dead.double())
-    return hessian / diagonal[~dead].mean() + torch.diag(dead.double())
+    used = diagonal[diagonal > 0]
+    return float(used.mean()) if len(used) else 1.0
 
 
-def _factor(hessian: Tensor, damp: float) -> Tensor:
-    """Return U [K, K] float32, upper triangular, with U^T U the inverse of the damped Hessian.
+def _rows(count: int) -> Iterator[slice]:
+    """Cut the rows of a large matrix, so that what is computed of them is small."""
+    return (slice(start, start + ROWS) for start in range(0, count, ROWS))
 
-    H = R R^T with R upper triangular is a Cholesky factorization from the last column to the
-    first; U is the inverse of R, so no inverse of H is made.
-    """
+
+def _scaled(hessian: Tensor, order: Tensor, mean: float) -> Tensor:
+    """Return a Hessian in float64 over its mean, rows and columns in an order; dead ones have 1."""
+    made = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
+    for rows in _rows(len(order)):
+        made[rows] = hessian[order[rows]][:, order]
+    made /= mean
+    dead = made.diagonal() == 0
+    made.diagonal().add_(dead)
+    return made
+
+
+def _cholesky(hessian: Tensor, order: Tensor, mean: float, damp: float) -> Tensor:
+    """Return L [K, K] float64, lower triangular, with L L^T the scaled and damped Hessian."""
     if damp < 0:
         raise UsageError(f"damp is {damp}", "give a share of the mean diagonal, such as 0.01")
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for added in (damp, *(more for more in RAISED if more > damp)):
-        lower, failed = torch.linalg.cholesky_ex((hessian + added * eye).flip(0, 1))
-        if not failed:
-            inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-            if torch.isfinite(inverse.float()).all():
-                return inverse.float()
+        lower = _scaled(hessian, order, mean).mT  # it is symmetric: this is what LAPACK works in
+        lower.diagonal().add_(added)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if not failed and lower.diagonal().min() > LEAST_PIVOT:
+            return lower
     reason = f"a Hessian is not positive definite, even with a damping of {max(damp, RAISED[-1])}"
     raise UsageError(reason, "sum x x^T over more inputs, in float32 or wider")
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Return U [K, K] float32, upper triangular, with U^T U the inverse of the damped Hessian.
+
+    With rows and columns from the last to the first that is L L^T. So H = R R^T, where R is L
+    turned around, and U is the inverse of R: no inverse of H is made.
+    """
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, eye, upper=False, out=eye)
+    return eye.flip(0, 1)
 
 
 def _spans(count: int, group: int, block: int) -> Iterator[tuple[int, int]]:

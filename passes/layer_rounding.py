@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from effopt.attention import SDPA, qkv_of
 from effopt.edit import Edit
-from effopt.errors import PreconditionError, UsageError
+from effopt.errors import at
 from effopt.kernel import kernel
 from effopt.passes.awq import search_clip
 from effopt.passes.float_weights import FLOATS
@@ -18,10 +18,11 @@ from effopt.passes.quantizable import LINEAR, Layer
 from effopt.passes.quantization_plan import Plan
 from effopt.passes.rounding import Rounded, relative_error, round_weight
 from effopt.program import value, where
+from effopt.scale_later import computed, constant_of
 
 aten = torch.ops.aten
 
-Known = dict[str, tuple[Rounded, dict[str, Node]]]
+Known = dict[str, tuple[Rounded | Tensor, dict[str, Node]]]
 """By the path of a weight: what it was rounded to, and the constants that hold that."""
 
 
@@ -33,25 +34,22 @@ def quantize_layer(
     static: tuple[float, int],
     known: Known,
 ) -> dict[str, Any]:
-    """Replace a layer by `effopt::quantized_linear`; returns its row for the report.
+    """Replace a layer by `effopt::quantized_linear`, or its weight; returns its row for the report.
 
     `static` are step and origin of its inputs. Layers that share a weight (the same path in the
-    module) share its codes: `known` keeps them.
+    module) share what it was rounded to: `known` keeps that.
     """
     now = layer.now().source  # another layer, which was replaced by now, may have made it
-    weight = edit.program.weight(layer.weight).detach()
-    name = str(layer.weight.target)
-    try:
-        if plan.scheme.rounding in FLOATS:
-            values = FLOATS[plan.scheme.rounding](weight, plan, seen)
-            _put(edit, layer, now, edit.constant(f"{name.replace('.', '_')}_values", values), plan)
-            return _row(layer, weight, values, plan, seen)
-        if name not in known:
+    weight = computed(edit.program, layer.weight)
+    name = str(constant_of(layer.weight).target)
+    if name not in known:
+        with at(where(layer.node)):
             made = _rounded(layer, weight, plan, seen)
-            known[name] = made, _constants(edit, name.replace(".", "_"), made)
-    except UsageError as error:
-        raise PreconditionError(where(layer.node), error.reason, error.remedy) from error
+        known[name] = made, _constants(edit, name.replace(".", "_"), made)
     rounded, parts = known[name]
+    if isinstance(rounded, Tensor):
+        _put(edit, layer, now, parts["values"], plan)
+        return _row(layer, weight, rounded, plan, seen)
     with edit.before(layer.node):
         call = edit.call(
             kernel("quantized_linear").op,
@@ -80,7 +78,9 @@ def _put(edit: Edit, layer: Layer, source: Node, held: Node, plan: Plan) -> None
         edit.replace(layer.node, edit.call(aten.to.dtype, made, own))
 
 
-def _constants(edit: Edit, stem: str, rounded: Rounded) -> dict[str, Node]:
+def _constants(edit: Edit, stem: str, rounded: Rounded | Tensor) -> dict[str, Node]:
+    if isinstance(rounded, Tensor):
+        return {"values": edit.constant(f"{stem}_values", rounded)}
     parts = {"codes": rounded.codes, "scale": rounded.scale, "zero": rounded.zero}
     return {
         part: edit.constant(f"{stem}_{part}", held)
@@ -89,11 +89,14 @@ def _constants(edit: Edit, stem: str, rounded: Rounded) -> dict[str, Node]:
     }
 
 
-def _rounded(layer: Layer, weight: Tensor, plan: Plan, seen: LayerStatistics | None) -> Rounded:
+def _rounded(
+    layer: Layer, weight: Tensor, plan: Plan, seen: LayerStatistics | None
+) -> Rounded | Tensor:
+    if plan.scheme.rounding in FLOATS:
+        return FLOATS[plan.scheme.rounding](weight, plan, seen)
     if plan.scheme.rounding == "gptq":
         assert seen is not None
-        assert seen.hessian is not None
-        return gptq(weight, seen.hessian, plan.grid, order=True)
+        return gptq(weight, seen.read_hessian(), plan.grid, order=True)
     if plan.clip and plan.scaling == "awq" and seen is not None and not _only_logits(layer.node):
         weight = search_clip(seen.rows, weight, plan.grid)
     return round_weight(weight, plan.grid)
@@ -127,6 +130,7 @@ def _row(
         "bits": plan.scheme.bits,
         "group": plan.grid.block(layer.columns),
         "symmetric": plan.grid.symmetric,
+        "weights": plan.scheme.values,
         "error": relative_error(change, whole),
-        "measured_on": "weights" if seen is None else f"{len(seen.rows)} tokens",
+        "measured_on": "weights" if seen is None else f"{seen.count} tokens",
     }

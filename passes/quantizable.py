@@ -1,7 +1,7 @@
 """Which linear layers can be quantized: their node, weight and bias, and why others stay float."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,8 @@ def layers_of(program: Program, least: int, heads: bool) -> tuple[list[Layer], d
     """Return the layers to quantize in execution order, and by path why others stay in float.
 
     `least` is the smallest number of inputs and outputs; `heads` takes the last layers too, whose
-    outputs no other layer or attention call reads.
+    outputs no other layer or attention call reads, unless they are added to what they come from:
+    that is the end of a block.
     """
     inner = set() if heads else _inner(program)
     found, left = list[Layer](), dict[str, str]()
@@ -92,12 +93,41 @@ PRODUCTS = ("linear", "matmul", "einsum", "convolution", "transposed", "")
 def _why_not(layer: Layer, least: int, heads: bool, inner: set[Node]) -> str:
     """Say why a linear layer stays in float, or ""."""
     if layer.weight.op != "get_attr" or (layer.bias is not None and layer.bias.op != "get_attr"):
-        return "its weight is computed"
+        return "its weight or bias is computed"
     if len(shape(layer.weight)) != 2 or not value(layer.weight).is_floating_point():
         return "its weight is no float matrix"
     if min(layer.columns, layer.outputs) < least:
         return f"it has fewer than {least} inputs or outputs"
-    return "" if heads or layer.node in inner else "it is a head: no other layer reads its output"
+    if heads or layer.node in inner or _ends_block(layer.node):
+        return ""
+    return "it is a head: no other layer reads its output"
+
+
+def _ends_block(node: Node) -> bool:
+    """Tell whether the output of a layer is added to a value that the layer comes from."""
+    ahead = _reached(node, lambda at: list(at.all_input_nodes))
+    behind = _reached(node, lambda at: list(at.users)) | {node}
+    sums = (found for found in behind if found.target is aten.add.Tensor)
+    return any(ahead.intersection(_terms(found)) for found in sums)
+
+
+def _terms(node: Node) -> Iterator[Node]:
+    """Return what a sum adds up, taken apart where a term is a sum: x + attention(y) + mlp(y)."""
+    for arg in node.all_input_nodes:
+        yield arg
+        if arg.target is aten.add.Tensor:
+            yield from arg.all_input_nodes
+
+
+def _reached(node: Node, step: Callable[[Node], list[Node]]) -> set[Node]:
+    """Return the tensors that steps from a node lead to; parameters are none."""
+    found, todo = set[Node](), step(node)
+    while todo:
+        at = todo.pop()
+        if at not in found and at.op in ("call_function", "placeholder") and is_tensor(at):
+            found.add(at)
+            todo += step(at)
+    return found
 
 
 def _inner(program: Program) -> set[Node]:

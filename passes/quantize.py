@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from effopt.edit import Edit
 from effopt.errors import PreconditionError, UsageError, VerificationError, unknown
+from effopt.memory import give_back
 from effopt.passes.channel_scales import fold_scales
 from effopt.passes.float_weights import FLOATS
 from effopt.passes.layer_rounding import Known, quantize_layer
@@ -27,7 +28,7 @@ from effopt.passes.sensitivity import Trial, most_sensitive, within_budget
 from effopt.passes.weight_sizes import weight_sizes
 from effopt.pipeline import Outcome
 from effopt.products import Limit, product
-from effopt.program import Program
+from effopt.program import Program, where
 from effopt.target import Target
 
 LEAST_BLOCK = 16
@@ -69,7 +70,9 @@ class Quantize:
         default="auto",
         metadata={"help": "share of outliers that goes into int8 weights; auto: searched; 0: none"},
     )
-    observer: str = field(default="minmax", metadata={"help": "range of int8-static activations"})
+    observer: str = field(
+        default="minmax", metadata={"help": "range of activations (int8-static, fp8)"}
+    )
     least: int = field(default=64, metadata={"help": "layers of fewer channels stay in float"})
     heads: bool = field(default=False, metadata={"help": "quantize the last layers too"})
     embeddings: bool = field(default=False, metadata={"help": "tables of embeddings on 8 bits too"})
@@ -131,12 +134,15 @@ class Quantize:
             reason = f"{self.scheme} chooses by what flows through the model, and has no data"
             remedy = "pass calibration=, or --calibration FILE; int8-dynamic and int4-rtn need none"
             return [PreconditionError("model", reason, remedy)]
+        if self.alpha not in ("auto", 0) and program.calibration is None:
+            reason = f"alpha={self.alpha} moves outliers by what flows through the model: no data"
+            return [PreconditionError("model", reason, "pass calibration=, or leave alpha out")]
         plan = self._plan(program)
         if isinstance(plan, Limit):
             name = program.target.name if program.target else "model"
             return [PreconditionError(name, *plan)]
-        layers, left = layers_of(program, self.least, self.heads)
-        if any(map(plan.fits, layers)):
+        layers, left = self._layers(program, plan)
+        if layers:
             return []
         why = "; ".join(f"{path}: {reason}" for path, reason in list(left.items())[:3])
         reason = f"no linear layer to quantize ({why or 'there is none'})"
@@ -147,7 +153,11 @@ class Quantize:
         plan, edit = self._plan(program), Edit(program, self.name)
         assert isinstance(plan, Plan), "checked"
         before, sizes = program.run(program.samples), weight_sizes(program)
-        layers, left, notes = self._layers(program, plan)
+        layers, left = self._layers(program, plan)
+        trial = Trial(program, plan) if self.keep_float or self.max_loss else None
+        kept = self._kept(trial, layers)
+        left |= {layer.path: "one of the most sensitive layers" for layer in kept}
+        layers = [layer for layer in layers if layer not in kept]
         seen, groups = dict[Node, LayerStatistics](), list[dict[str, Any]]()
         if program.calibration is not None:
             known = observe(program, layers, plan)
@@ -156,44 +166,52 @@ class Quantize:
                 seen, groups = fold_scales(edit, layers, plan, known)
                 layers = [layer.now() for layer in layers]
             seen = by_weight(layers, seen)
-        static = static_ranges(program, layers, plan) if plan.activations == "static" else {}
+        _check_range(plan, layers, seen)
+        static = static_ranges(program, layers, plan) if plan.calibrated else {}
         shared: Known = {}
-        rows = [
-            quantize_layer(
-                edit, layer, plan, seen.get(layer.node), static.get(layer.source, NO_RANGE), shared
-            )
-            for layer in layers
-        ]
-        tables, kept = quantize_tables(edit, self.least) if self.embeddings else ([], {})
+        rows = list[dict[str, Any]]()
+        for layer in layers:
+            ends = static[layer.source] if plan.calibrated else NO_RANGE
+            rows.append(quantize_layer(edit, layer, plan, seen.get(layer.node), ends, shared))
+            give_back()
+        tables, others = quantize_tables(edit, self.least) if self.embeddings else ([], {})
         edit.close()
         _check_finite(before, program)
+        notes = self._within(trial, program) if trial else []
+        give_back()
         after = weight_sizes(program)
-        facts = {"layers": [*rows, *tables], "groups": groups, "float": left | kept}
+        facts = {"layers": [*rows, *tables], "groups": groups, "float": left | others}
         facts["bytes"] = {kind: [size, after[kind]] for kind, size in sizes.items()}
         words = f"{len(rows)} layers on {plan.words(rows)}; {len(left)} stay in float"
         return Outcome(True, (words, *notes, *_remarks(plan, seen, layers, tables)), facts)
 
-    def _layers(
-        self, program: Program, plan: Plan
-    ) -> tuple[list[Layer], dict[str, str], list[str]]:
-        """Return the layers to quantize, by path why others stay in float, and what to note."""
-        found, left = layers_of(program, self.least, self.heads)
-        layers = [layer for layer in found if plan.fits(layer)]
-        narrow = "no block of weights that the target takes divides its inputs"
-        left |= {layer.path: narrow for layer in found if layer not in layers}
-        notes, kept = list[str](), list[Layer]()
+    def _layers(self, program: Program, plan: Plan) -> tuple[list[Layer], dict[str, str]]:
+        """Return the layers that can be quantized, and by path why others stay in float."""
+        layers, left = layers_of(program, self.least, self.heads)
+        out = {layer.path: reason for layer in layers if (reason := plan.why_not(program, layer))}
+        return [layer for layer in layers if layer.path not in out], left | out
+
+    def _kept(self, trial: Trial | None, layers: Sequence[Layer]) -> list[Layer]:
+        """Return the layers that stay in float because they are sensitive."""
+        if trial is None:
+            return []
         if self.keep_float:
-            kept = most_sensitive(Trial(program, plan), layers, self.keep_float)
-        elif self.max_loss:
-            kept, loss = within_budget(Trial(program, plan), layers, self.max_loss)
-            notes.append(f"rounded to nearest, the outputs change by {loss:.2g} of their energy")
-        left |= {layer.path: "one of the most sensitive layers" for layer in kept}
-        return [layer for layer in layers if layer not in kept], left, notes
+            return most_sensitive(trial, layers, self.keep_float)
+        return within_budget(trial, layers, self.max_loss)[0]
+
+    def _within(self, trial: Trial, program: Program) -> list[str]:
+        """Note what the outputs lost in the end; PreconditionError where that is too much."""
+        loss = trial.distance(program.run(trial.inputs))
+        if self.max_loss and not loss <= self.max_loss:
+            reason = f"the outputs change by {loss:.2g} of their energy, above max-loss"
+            raise PreconditionError("model", reason, "raise max-loss, or choose another scheme")
+        return [f"the outputs change by {loss:.2g} of their energy, on the first batch"]
 
     def _grid(self, symmetric: bool, whole: bool = False) -> Grid:
         scheme = SCHEMES[self.scheme]
         own = 0 if whole else scheme.group
-        return Grid(min(scheme.bits, 8), own if self.group < 0 else self.group, symmetric)
+        group = own if self.group < 0 else self.group
+        return Grid(min(scheme.bits, 8), group, symmetric, floating=scheme.weights == "fp8")
 
     def _plan(self, program: Program) -> Plan | Limit:
         """Resolve the options for a program's target, or say why it cannot run the scheme."""
@@ -229,6 +247,17 @@ def _schemes_of(target: Target | None) -> list[str]:
     rows = [(name, row) for name, row in SCHEMES.items() if row.rounding not in FLOATS]
     products = [(name, product(kind, row.weights, row.activations, target)) for name, row in rows]
     return [name for name, found in products if not isinstance(found, Limit)]
+
+
+def _check_range(plan: Plan, layers: Sequence[Layer], seen: dict[Node, LayerStatistics]) -> None:
+    """Raise PreconditionError where inputs that were seen do not fit the type to compute in."""
+    if not plan.inside:
+        return
+    top = torch.finfo(getattr(torch, plan.scheme.weights)).max
+    for layer in layers:
+        if layer.node in seen and not float(seen[layer.node].most.max()) <= top:
+            reason = f"inputs that the calibration data has are beyond {plan.scheme.weights}"
+            raise PreconditionError(where(layer.node), reason, "choose bf16")
 
 
 def _check_finite(before: Sequence[torch.Tensor], program: Program) -> None:

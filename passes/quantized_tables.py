@@ -6,8 +6,10 @@ import torch
 from torch.fx import Node
 
 from effopt.edit import Edit
-from effopt.passes.rounding import Grid, relative_error, round_weight
-from effopt.program import module_path, shape, value
+from effopt.errors import at
+from effopt.passes.awq import in_parts
+from effopt.passes.rounding import TINY, Grid, round_weight
+from effopt.program import module_path, shape, value, where
 
 aten = torch.ops.aten
 EMBEDDING = aten.embedding.default
@@ -18,7 +20,7 @@ def quantize_tables(edit: Edit, least: int) -> tuple[list[dict[str, Any]], dict[
     """Round the tables of embeddings; returns a row for each, and by path why others stay.
 
     A table [V, C] of fewer than `least` rows or columns stays in float, and so does one that
-    anything else reads, such as a head that is tied to it.
+    anything else reads, such as a head that is tied to it and stays in float.
     """
     rows, left = list[dict[str, Any]](), dict[str, str]()
     lookups: dict[str, list[Node]] = {}
@@ -29,7 +31,7 @@ def quantize_tables(edit: Edit, least: int) -> tuple[list[dict[str, Any]], dict[
                 lookups.setdefault(str(table.target), []).append(node)
     for path, nodes in lookups.items():
         if reason := _why_not(edit, nodes, path, least):
-            left[path] = reason
+            left[module_path(nodes[0]) or path] = reason
         else:
             rows.append(_quantize(edit, path, nodes))
     return rows, left
@@ -37,9 +39,11 @@ def quantize_tables(edit: Edit, least: int) -> tuple[list[dict[str, Any]], dict[
 
 def _why_not(edit: Edit, lookups: list[Node], path: str, least: int) -> str:
     """Say why a table stays in float, or ""."""
-    table = value(lookups[0].all_input_nodes[0])
-    if not table.is_floating_point() or min(shape(lookups[0].all_input_nodes[0])) < least:
-        return f"its table has fewer than {least} rows or columns, or holds no floats"
+    table = lookups[0].all_input_nodes[0]
+    if not value(table).is_floating_point():
+        return "its table holds no floats"
+    if min(shape(table)) < least:
+        return f"its table has fewer than {least} rows or columns"
     held = [node for node in edit.program.nodes() if node.op == "get_attr" and node.target == path]
     others = [user for node in held for user in node.users if user not in lookups]
     if others:
@@ -50,24 +54,30 @@ def _why_not(edit: Edit, lookups: list[Node], path: str, least: int) -> str:
 def _quantize(edit: Edit, path: str, lookups: list[Node]) -> dict[str, Any]:
     """Replace the lookups of a table; returns its row for the report."""
     weight = edit.program.weight(lookups[0].all_input_nodes[0]).detach()
-    made, stem = round_weight(weight, GRID), path.replace(".", "_")
-    codes = edit.constant(f"{stem}_codes", made.codes)
-    scale = edit.constant(f"{stem}_scale", made.scale.to(weight.dtype))
+    with at(where(lookups[0])):
+        made = [round_weight(part, GRID) for part in in_parts(weight)]
+    stem = path.replace(".", "_")
+    codes = edit.constant(f"{stem}_codes", torch.cat([part.codes for part in made]))
+    scale = edit.constant(f"{stem}_scale", torch.cat([part.scale for part in made]))
     for node in lookups:
-        where, *rest = node.args[1:]
+        places, *rest = node.args[1:]
         with edit.before(node):
-            code = edit.call(EMBEDDING, codes, where, *rest)
-            step = edit.call(EMBEDDING, scale, where, *rest)
-            real = edit.call(aten.mul.Tensor, edit.call(aten.to.dtype, code, weight.dtype), step)
+            code = edit.call(EMBEDDING, codes, places, *rest)
+            step = edit.call(EMBEDDING, scale, places, *rest)
+            real = edit.call(aten.mul.Tensor, edit.call(aten.to.dtype, code, torch.float32), step)
+            if weight.dtype != torch.float32:
+                real = edit.call(aten.to.dtype, real, weight.dtype)
         edit.replace(node, real)
-    change = made.dequantized() - weight.float()
+    pairs = list(zip(made, in_parts(weight), strict=True))
+    lost = sum(float((part.dequantized() - own.float()).square().sum()) for part, own in pairs)
+    whole = sum(float(own.float().square().sum()) for _, own in pairs)
     return {
-        "path": path.removesuffix(".weight"),
+        "path": module_path(lookups[0]) or path,
         "shape": list(weight.shape),
         "bits": GRID.bits,
         "group": weight.shape[1],
         "symmetric": True,
-        "error": relative_error(change, weight.float()),
+        "error": lost / max(whole, TINY),
         "measured_on": "weights",
         "kind": "embedding",
     }

@@ -81,7 +81,7 @@ ROWS = (
         "quantize{scheme=int8-static,alpha=$alpha}",
         "8-bit weights and activations, outliers moved into the weights; needs data",
         "Xiao et al. 2022, arXiv 2211.10438",
-        options={"alpha": "0.5"},
+        options={"alpha": "auto"},
     ),
 )
 

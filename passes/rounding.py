@@ -1,6 +1,7 @@
-"""Rounding to integers: the grid of a weight, its codes and scales, and what they stand for.
+"""Rounding to few bits: the grid of a weight, its codes and scales, and what they stand for.
 
-Rounding is to the nearest code, half to even, computed in float32.
+Rounding is to the nearest code, half to even, computed in float32. Codes are integers, or floats in
+the 8-bit format E4M3 (arXiv 2209.05433).
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ SMALLEST = 1e-8
 TINY = 1e-30
 """What is all 0 has no error."""
 
+E4M3 = torch.float8_e4m3fn
+E4M3_MOST = int(torch.finfo(E4M3).max)
+"""448: there is no infinity beyond."""
+
 LEAST_GROUP = 32
 """A group that does not divide the columns is halved down to this size."""
 
@@ -25,27 +30,39 @@ class Grid:
     """The codes that a weight [N, K] is rounded to: their bits, and the block with one scale.
 
     `group` is the block size along K, 0 for one block a row. A symmetric grid has codes around
-    zero; an asymmetric one has unsigned codes and a zero point. Raises UsageError.
+    zero; an asymmetric one has unsigned codes and a zero point. `floating` codes are E4M3, of 8
+    bits and symmetric. Raises UsageError.
     """
 
     bits: int
     group: int
     symmetric: bool
+    floating: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise UsageError(f"bits is {self.bits}", "give a whole number from 2 to 8")
+        if self.floating and (self.bits != 8 or not self.symmetric):
+            raise UsageError("E4M3 codes are of 8 bits and symmetric", "give these, or integers")
         check_group(self.group)
 
     @property
     def low(self) -> int:
         """The least code."""
+        if self.floating:
+            return -E4M3_MOST
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def high(self) -> int:
         """The largest code."""
-        return self.low + (1 << self.bits) - 1
+        return E4M3_MOST if self.floating else self.low + (1 << self.bits) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What codes are stored as."""
+        whole = torch.int8 if self.symmetric else torch.uint8
+        return E4M3 if self.floating else whole
 
     def block(self, columns: int) -> int | None:
         """Return the block size for so many columns, or None where no size fits."""
@@ -86,8 +103,9 @@ def cut(weight: Tensor, group: int) -> Tensor:
 class Rounded:
     """A rounded weight [N, K] in G blocks a row: `(codes - zero) * scale`.
 
-    `codes` [N, K] is int8 on a symmetric grid and uint8 on an asymmetric one, `scale` [N, G]
-    float32, `zero` [N, G] uint8 or None; `group` is the block size that was used.
+    `codes` [N, K] is int8 on a symmetric grid, uint8 on an asymmetric one and float8_e4m3fn on a
+    floating one, `scale` [N, G] float32, `zero` [N, G] uint8 or None; `group` is the block size
+    that was used.
     """
 
     codes: Tensor
@@ -142,24 +160,35 @@ def steps(blocks: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def nearest(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Return the codes nearest to float32 values, as whole numbers in a new float32 tensor."""
-    codes = (values / scale).round_()
+    """Return the codes nearest to float32 values, in a new float32 tensor."""
+    codes = values / scale
+    if grid.floating:  # clamped first: what a cast makes of more differs
+        return codes.clamp_(grid.low, grid.high).to(E4M3).float()
+    codes.round_()
     if not grid.symmetric:
         codes.add_(zero)
     return codes.clamp_(grid.low, grid.high)
 
 
 def real(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Return what whole codes in float32 stand for, in a new tensor."""
+    """Return what codes in float32 stand for, in a new tensor."""
     return codes * scale if grid.symmetric else (codes - zero).mul_(scale)
 
 
 def rounded(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Rounded:
     """Store float codes [N, K], scales and zero points [N, G] in the types of `Rounded`."""
     group = codes.shape[1] // scale.shape[1]
-    if grid.symmetric:
-        return Rounded(codes.to(torch.int8), scale, None, grid.bits, group)
-    return Rounded(codes.to(torch.uint8), scale, zero.to(torch.uint8), grid.bits, group)
+    points = None if grid.symmetric else zero.to(torch.uint8)
+    return Rounded(codes.to(grid.dtype), scale, points, grid.bits, group)
+
+
+def e4m3_step(reach: float, kind: torch.dtype) -> float:
+    """Return the step of E4M3 codes for magnitudes up to `reach`, as the type `kind` holds it.
+
+    The reach 0 has step 1. One that is no number has a step, so that it shows in what is rounded.
+    """
+    step = max(torch.finfo(kind).tiny, reach / E4M3_MOST) if reach else 1.0
+    return float(torch.tensor(step, dtype=kind))
 
 
 def relative_error(change: Tensor, whole: Tensor) -> float:

@@ -9,12 +9,13 @@ from types import MappingProxyType
 class Scheme:
     """One way to quantize linear layers.
 
-    `weights` are "int4" or "int8" (as `effopt.products` names them), or a floating type that keeps
-    `values` of a kind; `bits` and `group` (0: one scale an output channel) are theirs.
+    `weights` are "int4", "int8" or "fp8" (as `effopt.products` names them), or a floating type that
+    keeps `values` of a kind; `bits` and `group` (0: one scale an output channel) are theirs.
     `activations` are as `effopt::quantized_linear` names them; `scaling` chooses channel scales by
     "awq" or "smooth"; `muls` says whether a scale that nothing absorbs is worth a multiplication;
     `rounding` is "nearest", "gptq", or one that leaves floats: "pow2", "2:4" or "cast". `options`
     are those of the pass that mean something. A scheme that `needs_data` has no meaning without.
+    `values` says what the weights are if no integers.
     """
 
     weights: str
@@ -27,6 +28,7 @@ class Scheme:
     muls: bool = False
     rounding: str = "nearest"
     needs_data: bool = False
+    values: str = ""
 
 
 _INTEGERS = "int8 weights and activations"
@@ -58,12 +60,28 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
             rounding="gptq",
             needs_data=True,
         ),
-        "fp16": Scheme("float16", 16, 0, "weights in float16", rounding="cast"),
-        "bf16": Scheme("bfloat16", 16, 0, "weights in bfloat16", rounding="cast"),
+        "fp8": Scheme(
+            *("fp8", 8, 0, "8-bit float weights and activations (E4M3), calibrated ranges"),
+            options=("observer",),
+            activations="fp8",
+            needs_data=True,
+            values="8-bit floats (E4M3), one scale a row",
+        ),
+        "fp16": Scheme(
+            *("float16", 16, 0, "weights in float16"), rounding="cast", values="float16"
+        ),
+        "bf16": Scheme(
+            *("bfloat16", 16, 0, "weights in bfloat16"), rounding="cast", values="bfloat16"
+        ),
         "pow2": Scheme(
             *("float", 4, 128, "weights are signed powers of two, stored as floats", ("group",)),
             rounding="pow2",
+            values="powers of two, stored as floats",
         ),
-        "2:4": Scheme("float", 8, 0, "two of four weights are 0, stored as floats", rounding="2:4"),
+        "2:4": Scheme(
+            *("float", 8, 0, "two of four weights are 0, stored as floats"),
+            rounding="2:4",
+            values="two of four are 0, stored as floats",
+        ),
     }
 )

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.nn.functional import linear
 
-from effopt.errors import PreconditionError, UsageError
+from effopt.errors import PreconditionError, at
 from effopt.kernel import kernel
 from effopt.passes.float_weights import FLOATS
 from effopt.passes.quantizable import Layer
 from effopt.passes.quantization_plan import Plan
-from effopt.passes.rounding import relative_error, round_weight
-from effopt.program import Program
+from effopt.passes.rounding import e4m3_step, relative_error, round_weight
+from effopt.program import Program, where
 
 _Linear = Callable[..., Tensor]
 """What stands for a layer in a trial: a function of its inputs and its bias, if any."""
@@ -57,22 +57,29 @@ class Trial:
     def loss(self, layers: Sequence[Layer]) -> float:
         """Return the relative squared error of the worst floating output; inf if no number."""
         instead = {layer.node: self._rounded(layer) for layer in layers}
-        got = _Instead(self.program, instead).run(*self.inputs)
+        return self.distance(_Instead(self.program, instead).run(*self.inputs))
+
+    def distance(self, got: Sequence[Tensor]) -> float:
+        """Return the same of outputs on `inputs`."""
         return max(map(_distance, got, self.want), default=0.0)
 
     def _rounded(self, layer: Layer) -> _Linear:
         weight, scheme = self.program.weight(layer.weight).detach(), self.plan.scheme
-        if scheme.rounding in FLOATS:
-            try:
+        with at(where(layer.node)):
+            if scheme.rounding in FLOATS:
                 values = FLOATS[scheme.rounding](weight, self.plan, None).to(weight.dtype)
-            except UsageError as error:
-                raise PreconditionError(layer.path, error.reason, error.remedy) from error
-            return lambda x, bias=None: linear(x, values, bias)
-        made = round_weight(weight, self.plan.grid)
+                return lambda x, bias=None: linear(x, values, bias)
+            made = round_weight(weight, self.plan.grid)
         parts = made.codes, made.scale, made.zero
         words = made.bits, made.group, _TRIED.get(self.plan.activations, self.plan.activations)
-        operator = kernel("quantized_linear").op
-        return lambda x, bias=None: operator(x, *parts, bias, *words, 1.0, 0)
+        operator, floating = kernel("quantized_linear").op, self.plan.grid.floating
+
+        def tried(x: Tensor, bias: Tensor | None = None) -> Tensor:
+            step = e4m3_step(float(x.abs().amax()), x.dtype) if floating else 1.0
+            result: Tensor = operator(x, *parts, bias, *words, step, 0)
+            return result
+
+        return tried
 
 
 _TRIED = {"static": "tensor"}
@@ -95,9 +102,6 @@ def by_sensitivity(trial: Trial, layers: Sequence[Layer]) -> list[tuple[Layer, f
     Raises PreconditionError where no output tells.
     """
     found = [(layer, trial.loss([layer])) for layer in layers]
-    if inf in (loss for _, loss in found):
-        reason = "an output is no finite number, with or without a layer quantized"
-        raise PreconditionError("model", reason, "give example inputs with finite outputs")
     if not any(loss for _, loss in found):
         reason = "no floating output changes when a layer is quantized, so none is sensitive"
         raise PreconditionError("model", reason, "let the model return its logits too")

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from effopt.errors import UsageError
 from effopt.kernel import kernel
-from effopt.passes.awq import ScaleChoice, per_root
+from effopt.passes.awq import ScaleChoice, in_parts, per_root
 from effopt.passes.observers import affine
 from effopt.passes.rounding import Grid, round_weight
 
 LEAST = 1e-5
-ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of outliers to try, beside none: what helps one model ruins another."""
 
 
@@ -52,29 +52,51 @@ def search_alpha(
     """Search the share of outliers that, moved into weights, changes a group's outputs least.
 
     `x` [T, K] are inputs of the linears, `x_amax` [K] as in `smooth_scale`. The loss is the mean of
-    squared changes over tokens and outputs, with inputs rounded as `activations` say ("static":
-    over the range of `x`) and weights on `grid`, summed over the linears. No scale at all is tried
-    as ratio 0, so the loss is never above that. Raises UsageError.
+    squared changes over tokens and outputs, with inputs rounded as `activations` say and weights on
+    `grid`, summed over the linears. Scales and static ranges come from every second token and are
+    judged on the others, since ranges that just fit what was seen clip what was not. No scale at
+    all is tried as ratio 0, so the loss is never above that. Raises UsageError.
     """
-    wanted = [x @ weight.float().T for weight in weights]
-
-    def loss(scale: Tensor) -> float:
-        inputs = x / scale
-        step, origin = 1.0, 0
-        if activations == "static":
-            step, origin = affine(float(inputs.min()), float(inputs.max()))
-        total = 0.0
-        for weight, want in zip(weights, wanted, strict=True):
-            made = round_weight(weight * scale, grid)
-            parts = made.codes, made.scale, made.zero, None, made.bits, made.group
-            got = kernel("quantized_linear").op(inputs, *parts, activations, step, origin)
-            total += float((got - want).square().mean())
-        return total
-
-    plain = torch.ones(x_amax.numel() if roots is None else int(roots.max()) + 1)
-    tried = [(0.0, plain, loss(torch.ones_like(x_amax)))]
+    known, rest = (x[::2], x[1::2]) if len(x) > 1 else (x, x)
+    amax = known.abs().amax(0)
+    trial = _Trial(known, rest, weights, grid, activations)
+    one = torch.ones_like(amax)
+    tried = [(0.0, trial.loss(one))]
     for alpha in ALPHAS:
-        scale = smooth_scale(x_amax, weights, alpha, roots)
-        tried.append((alpha, scale, loss(scale if roots is None else scale[roots])))
-    ratio, scale, least = min(tried, key=lambda one: one[2] if isfinite(one[2]) else inf)
-    return ScaleChoice(ratio, scale, least, tried[0][2])
+        scale = smooth_scale(amax, weights, alpha, roots)
+        tried.append((alpha, trial.loss(scale if roots is None else scale[roots])))
+    ratio, least = min(tried, key=lambda pair: pair[1] if isfinite(pair[1]) else inf)
+    chosen = smooth_scale(x_amax, weights, ratio, roots)
+    return ScaleChoice(ratio, chosen if ratio else torch.ones_like(chosen), least, tried[0][1])
+
+
+class _Trial:
+    """What rounding the inputs and weights of linears that share inputs does to their outputs."""
+
+    def __init__(
+        self,
+        known: Tensor,
+        rest: Tensor,
+        weights: Sequence[Tensor],
+        grid: Grid,
+        activations: str,
+    ) -> None:
+        self.known, self.rest = known, rest
+        self.grid, self.activations = grid, activations
+        self.parts = [(part, len(part) / len(w)) for w in weights for part in in_parts(w)]
+        self.wanted = [rest @ part.float().T for part, _ in self.parts]
+
+    def loss(self, scale: Tensor) -> float:
+        """Return the loss of inputs divided by a scale [K], and weights times it."""
+        step, origin = 1.0, 0
+        if self.activations == "static":
+            ends = self.known / scale
+            step, origin = affine(float(ends.min()), float(ends.max()))
+        total = 0.0
+        for (part, share), want in zip(self.parts, self.wanted, strict=True):
+            made = round_weight(part * scale, self.grid)
+            parts = made.codes, made.scale, made.zero, None, made.bits, made.group
+            operator = kernel("quantized_linear").op
+            got = operator(self.rest / scale, *parts, self.activations, step, origin)
+            total += share * float((got - want).square().mean())
+        return total

@@ -27,9 +27,9 @@ def weight_sizes(program: Program) -> dict[str, int]:
     }
     found: dict[str, tuple[str, int]] = {}
     for node in program.nodes():
-        if node.op == "get_attr" and is_tensor(node):
+        if node.op == "get_attr" and node.users and is_tensor(node):
             readers = [kinds.get(user.target, KINDS[-1]) for user in _readers(node)]
-            kind = min(readers, key=KINDS.index, default=KINDS[-1])
+            kind = min(readers, key=KINDS.index)
             size = prod(map(int, shape(node))) * value(node).element_size()
             halved = any(_codes_of_four(user, node) for user in node.users)
             known = found.get(str(node.target), (kind, 0))[0]

@@ -6,13 +6,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from effopt.backends.quantized import FORMS
 from effopt.calibration import read_calibration
 from effopt.capture import capture
 from effopt.errors import PreconditionError
+from effopt.passes.quantize import Quantize
+from effopt.passes.sensitivity import Trial
 from effopt.pipeline import Pipeline
+from effopt.products import PRODUCTS, Limit
 from effopt.recipe import steps_of
 from effopt.target import target
-from tests.test_quantize import WIDTH, Net, batches, distance, inputs, layers, quantized
+from tests.test_quantize import (
+    TOKENS,
+    WIDTH,
+    Net,
+    batches,
+    distance,
+    inputs,
+    layers,
+    program,
+    quantized,
+)
 
 
 class Chained(Net):
@@ -125,3 +139,92 @@ def test_layers_of_one_module_are_listed_apart() -> None:
     paths = [row["path"] for row in record.facts["layers"]]
     assert len(paths) == len(set(paths)) == len(layers(made))
     assert sum(path.startswith("self_attn (") for path in paths) == 2
+
+
+class Encoder(Net):
+    """Hidden states behind the last block: no head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class TwoHeads(Net):
+    """Two heads that are averaged: neither comes from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        made: Tensor = (self.head(x[:, 0]) + self.other(x[:, 1])) / 2
+        return made
+
+
+def test_the_end_of_the_last_block_is_no_head() -> None:
+    _, record, _ = quantized("quantize{scheme=int4-rtn}", Encoder(), data=False)
+    assert "blocks.1.down" in [row["path"] for row in record.facts["layers"]]
+    assert record.facts["float"] == {}
+
+
+def test_heads_that_are_added_are_heads() -> None:
+    _, record, _ = quantized("quantize{scheme=int4-rtn}", TwoHeads(), data=False)
+    assert sorted(record.facts["float"]) == ["head", "other"]
+
+
+def test_sensitivity_is_measured_on_calibration_data() -> None:
+    """Where the example inputs are zeros, they do not tell."""
+    made = replace(program(Net()), samples=(torch.zeros(2, TOKENS, WIDTH),))
+    plan = Quantize("int4-rtn")._plan(made)
+    assert not isinstance(plan, Limit)
+    (batch, *_) = made.calibration or ()
+    torch.testing.assert_close(Trial(made, plan).inputs, batch)
+
+
+class Parallel(nn.Module):
+    """A block of two branches from one norm, on embeddings that are the input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.one, self.up, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.one(y) + self.down(self.up(y).relu())
+
+
+def test_the_branches_of_a_parallel_block_are_no_heads() -> None:
+    _, record, _ = quantized("quantize{scheme=int4-rtn}", Parallel(), data=False)
+    assert record.facts["float"] == {}
+
+
+def test_rows_of_weights_that_do_not_split_into_fours_stay_dense() -> None:
+    net = nn.Sequential(nn.Linear(66, 64), nn.GELU(), nn.Linear(64, 66), nn.Linear(66, 66))
+    made = replace(capture(net.eval(), torch.randn(2, 66)), target=target("cpu"))
+    _, records = Pipeline(steps_of("quantize{scheme=2:4,heads=true}")).run(made)
+    assert [row["path"] for row in records[-1].facts["layers"]] == ["2"]
+    assert "runs of four" in records[-1].facts["float"]["0"]
+
+
+@pytest.mark.parametrize("spec", ["int8-dynamic", "int4-rtn,keep-float=1", "int4-awq"])
+def test_a_weight_that_is_no_number_is_named_whoever_reads_it_first(spec: str) -> None:
+    net = Net()
+    with torch.no_grad():
+        net.blocks[1].down.weight[0, 0] = torch.nan
+    with pytest.raises(PreconditionError, match="NaN") as caught:
+        quantized(f"quantize{{scheme={spec}}}", net)
+    assert "blocks.1.down" in caught.value.node
+
+
+def test_alpha_without_data_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="no data"):
+        quantized("quantize{scheme=int8-dynamic,alpha=0.5}", data=False)
+    quantized("quantize{scheme=int8-dynamic,alpha=0}", data=False)
+
+
+def test_every_product_of_a_machine_has_its_form() -> None:
+    assert set(PRODUCTS) == set(FORMS)

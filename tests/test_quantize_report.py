@@ -209,3 +209,33 @@ def test_what_the_pass_says_is_what_the_report_shows() -> None:
     assert [paths for _, paths in found.left] == [("head",)]
     assert all(row.error is not None and 0 < row.error < 1e-3 for row in found.rows)
     assert "8 bits, blocks of 32" in made.text()
+
+
+BYTES = {"embeddings": [94_000_000, 24_000_000], "linear": [342_000_000, 48_000_000]}
+
+
+def test_sizes_tell_embeddings_from_linear_layers() -> None:
+    made = report({"layers": [layer("a")], "bytes": BYTES})
+    rows = [line.split() for line in made.text().splitlines()]
+    assert ["embeddings", "89.6", "MiB", "22.9", "MiB", "25.5", "%"] in rows
+    assert ["linear", "layers", "326", "MiB", "45.8", "MiB", "14.0", "%"] in rows
+    assert ["all", "416", "MiB", "68.7", "MiB", "16.5", "%"] in rows
+    assert "embeddings 89.6 MiB 22.9 MiB 25.5 %" in words_of(made)
+
+
+@pytest.mark.parametrize("odd", [7, {"linear": 3}, {"linear": [1]}, {"linear": [-1, "x"]}, None])
+def test_sizes_that_are_none_are_left_out(odd: object) -> None:
+    made = report({"layers": [layer("a")], "bytes": odd})
+    assert "Sizes" not in made.text()
+
+
+def test_weights_that_are_no_integers_are_called_what_they_are() -> None:
+    made = report({"layers": [layer("a", weights="powers of two, stored as floats")]})
+    assert "powers of two, stored as floats" in made.text()
+    assert "4 bits" not in made.text()
+
+
+def test_an_embedding_is_told_from_a_layer() -> None:
+    table = layer("words", bits=8, group=256, kind="embedding")
+    made = report({"layers": [layer("a"), table]})
+    assert "embedding: 8 bits, one scale a row" in made.text()

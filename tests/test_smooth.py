@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from effopt.errors import UsageError
-from effopt.passes.smooth import smooth_scale
+from effopt.passes.rounding import Grid
+from effopt.passes.smooth import ALPHAS, search_alpha, smooth_scale
 
 
 def test_smoothing_by_hand() -> None:
@@ -52,3 +53,53 @@ def test_wrong_arguments_are_refused() -> None:
     for wrong in (x_amax * torch.nan, -x_amax, x_amax[None]):
         with pytest.raises(UsageError, match="finite magnitudes"):
             smooth_scale(wrong, [weight], 0.5)
+
+
+GRID = Grid(8, 0, symmetric=True)
+
+
+def outliers(rows: int = 256) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Inputs of which some channels are 40 times as large, and the weights of two layers."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 64, generator=draw)
+    x[:, ::16] *= 40
+    return x, [torch.randn(32, 64, generator=draw) for _ in range(2)]
+
+
+def rounded(x: torch.Tensor, weights: list[torch.Tensor], scale: torch.Tensor) -> float:
+    """Return the error of outputs with x and weights on 8 bits, written out by hand."""
+    total = 0.0
+    for weight in weights:
+        tall = (weight * scale).abs().amax(1, keepdim=True) / 127
+        integers = (weight * scale / tall).round()
+        top = (x / scale).abs().amax(1, keepdim=True) / 127
+        got = ((x / scale / top).round() * top) @ (integers * tall).T
+        total += float((got - x @ weight.T).square().mean())
+    return total
+
+
+def test_the_searched_share_of_outliers_is_the_best_of_all() -> None:
+    x, weights = outliers()
+    amax = x.abs().amax(0)
+    found = search_alpha(x, amax, weights, GRID, "row")
+    known, rest = x[::2], x[1::2]
+    losses = {
+        alpha: rounded(rest, weights, smooth_scale(known.abs().amax(0), weights, alpha))
+        for alpha in ALPHAS
+    }
+    assert found.ratio == min(losses, key=losses.__getitem__)
+    # Sums in another order: 2e-7 was measured.
+    assert found.loss == pytest.approx(losses[found.ratio], rel=1e-5)
+    assert found.rtn_loss == pytest.approx(rounded(rest, weights, torch.ones(64)), rel=1e-5)
+    assert found.loss < 0.2 * found.rtn_loss
+    torch.testing.assert_close(found.scale, smooth_scale(amax, weights, found.ratio))
+
+
+@pytest.mark.parametrize("activations", ["row", "tensor", "static"])
+def test_without_outliers_no_scale_loses_less_than_none(activations: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 64, generator=draw).clamp(-2, 2)
+    weight = torch.randn(32, 64, generator=draw)
+    weight[:, ::16] *= 40  # more of x in these channels would be lost
+    found = search_alpha(x, x.abs().amax(0), [weight], GRID, activations)
+    assert found.loss <= found.rtn_loss

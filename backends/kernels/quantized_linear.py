@@ -1,7 +1,8 @@
-"""quantized_linear: a linear layer on integer weights, with float or integer activations.
+"""quantized_linear: a linear layer on 4- or 8-bit weights, with float or 8-bit activations.
 
-The dynamic per-tensor scheme is that of ONNX's DynamicQuantizeLinear, the static one that of
-QuantizeLinear. Engines have special forms for it (`effopt.backends.quantized`).
+The dynamic per-tensor scheme is that of ONNX's DynamicQuantizeLinear, the static ones, on integers
+or E4M3 floats (arXiv 2209.05433), those of QuantizeLinear. Engines have special forms for
+it (`effopt.backends.quantized`).
 """
 
 from types import MappingProxyType
@@ -16,6 +17,9 @@ from effopt.axes import AxisMap, Dims, unify
 from effopt.axis_rules import align, argument
 from effopt.errors import UsageError
 from effopt.kernel import Kernel
+
+E4M3 = torch.float8_e4m3fn
+"""8-bit floats of 4 bits of exponent and 3 of mantissa: up to 448, without infinities."""
 
 TINY = 1e-12
 """Least maximum of a row: a row of zeros has codes 0 whatever it is divided by."""
@@ -37,13 +41,15 @@ def quantized_linear(
     """Return x W^T + bias [..., N] in the dtype of x, computed in float32.
 
     x [..., K]; W = (codes - zero) * scale, one scale for each `group` neighbours along K: codes
-    [N, K] int8, or uint8 with a zero [N, G] uint8; scale [N, G] float32, G = K / group; `bits` is
-    4 or 8. bias [N] or None. `activations` says how x is rounded first:
+    [N, K] int8, or uint8 with a zero [N, G] uint8, or float8_e4m3fn for "fp8"; scale [N, G]
+    float32, G = K / group; `bits` is 4 or 8. bias [N] or None. `activations` says how x is rounded
+    first:
 
     - "float": not at all.
     - "tensor": to 0..255 from min(x, 0) to max(x, 0) of the whole tensor, at run time.
     - "row": to rint(127 x / a) in steps of a / 127, a = max |x| over each row's K values.
     - "static": to clamp(rint(x / step) + origin, 0, 255), `step` and `origin` from calibration.
+    - "fp8": to the E4M3 float nearest to clamp(x / step, -448, 448), `step` from calibration.
 
     `step` is 1.0 and `origin` 0 where they have no say. Raises UsageError for arguments that
     contradict each other; activations other than "float" take one scale a row of W: group == K.
@@ -109,8 +115,17 @@ def _static(x: Tensor, step: float, origin: int) -> Tensor:
     return ((torch.round(x / step) + origin).clamp(0, 255) - origin) * step
 
 
-ROUNDED = MappingProxyType({"float": _float, "tensor": _tensor, "row": _row, "static": _static})
-"""Activation schemes by name: x in float32 as its integer codes stand for it."""
+def _fp8(x: Tensor, step: float, origin: int) -> Tensor:
+    most = torch.finfo(E4M3).max  # what a cast makes of more than that differs
+    return (x / step).clamp(-most, most).to(E4M3).float() * step
+
+
+ROUNDED = MappingProxyType(
+    {"float": _float, "tensor": _tensor, "row": _row, "static": _static, "fp8": _fp8}
+)
+"""Activation schemes by name: x in float32 as its 8-bit codes stand for it."""
+
+_KINDS = "int8, or uint8 with a zero, or float8_e4m3fn for 'fp8'"
 
 
 def _check(
@@ -126,18 +141,20 @@ def _check(
     inner = codes.shape[1]
     whole = group > 0 and inner % group == 0
     blocks = (codes.shape[0], inner // group) if whole else ()
-    fixed = activations == "static" or (step == 1.0 and origin == 0)
-    kind = torch.int8 if zero is None else torch.uint8
+    floats = activations == "fp8"
+    fixed = activations == "static" or (origin == 0 and (floats or step == 1.0))
+    kind = E4M3 if floats else torch.int8 if zero is None else torch.uint8
     rules = (
         (bits in (4, 8), f"bits is {bits}, not 4 or 8"),
+        (not floats or (bits == 8 and zero is None), "'fp8' needs 8 bits, and no zero"),
         (whole, f"groups of {group} do not divide the {inner} inputs"),
         (tuple(scale.shape) == blocks, f"scale is {list(scale.shape)}, not {list(blocks)}"),
         (zero is None or zero.shape == scale.shape, "zero has not the shape of scale"),
-        (codes.dtype == kind, f"codes are {codes.dtype}: int8, or uint8 with a zero"),
+        (codes.dtype == kind, f"codes are {codes.dtype}: {_KINDS}"),
         (activations in ROUNDED, f"activations {activations!r} is none of {', '.join(ROUNDED)}"),
         (activations == "float" or group == inner, f"{activations!r} needs group == {inner}"),
         (step > 0 and 0 <= origin <= 255, f"step {step} or origin {origin} is out of range"),
-        (fixed, f"step and origin have no say in {activations!r}"),
+        (fixed, f"{'origin has' if floats else 'step and origin have'} no say in {activations!r}"),
     )
     for holds, reason in rules:
         if not holds:
@@ -155,7 +172,7 @@ def axes(found: AxisMap, node: Node) -> Dims:
 
 
 def samples() -> list[tuple[object, ...]]:
-    """Blocks and whole rows, both widths, with and without zero and bias, each activation."""
+    """Blocks and whole rows, each kind of codes and activations, with and without zero and bias."""
     draw = torch.Generator().manual_seed(7)
     x, bias = torch.randn(2, 3, 64, generator=draw), torch.randn(5, generator=draw)
     wide = torch.randint(-128, 128, (5, 64), generator=draw, dtype=torch.int8)
@@ -163,6 +180,7 @@ def samples() -> list[tuple[object, ...]]:
     blocks, rows = (torch.rand(5, n, generator=draw) * 0.01 + 0.01 for n in (2, 1))
     zero = torch.randint(0, 16, (5, 2), generator=draw, dtype=torch.uint8)
     positive = (narrow + 8).to(torch.uint8)
+    floats = (100 * torch.randn(5, 64, generator=draw)).to(E4M3)
     return [
         (x, narrow, blocks, None, bias, 4, 32, "float", 1.0, 0),
         (x[0], positive, blocks, zero, None, 4, 32, "float", 1.0, 0),
@@ -170,6 +188,7 @@ def samples() -> list[tuple[object, ...]]:
         (x, wide, rows, None, bias, 8, 64, "tensor", 1.0, 0),
         (x[0], wide, rows, None, None, 8, 64, "row", 1.0, 0),
         (x, wide, rows, None, bias, 8, 64, "static", 0.02, 120),
+        (x, floats, rows, None, bias, 8, 64, "fp8", 0.005, 0),
     ]
 
 
