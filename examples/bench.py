@@ -1,4 +1,4 @@
-"""The benchmark: three models by four ways, a conversion, analysis time, and integer engines.
+"""The benchmark: three models by six ways, a conversion, analysis time, and integer engines.
 
 python -m examples.bench [--models digits,vit-s,bert,vit-b,depth,integers] [--seconds S] [--json]
 """
@@ -47,6 +47,7 @@ from examples.variants import (
 
 BATCHES = (1, 8)
 _ROWS = 16  # inputs on which outputs are compared; the first eight are timed
+INT8 = "quantize{scheme=int8-dynamic}"
 FOOTPRINT = "vit-b"
 DEPTH = "depth"
 INTEGERS = "integers"
@@ -164,6 +165,7 @@ def _variants(
     made, macs = list[Variant](), 0
     tome = f"tome{{r={case.tome}}}"
     names = {"folded export": "exact", "balanced": "balanced", f"tome r={case.tome}": tome}
+    names |= {"int8": INT8, "balanced + int8": f"balanced,{INT8}"}
     for name, recipe in names.items():
         stage(f"convert with recipe {recipe}")
         plain = recipe == "exact"

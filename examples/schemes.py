@@ -42,6 +42,7 @@ SCHEMES: Mapping[str, str] = MappingProxyType({
     "int8-weight": "quantize{scheme=int8-weight}",
     "int8-dynamic by row": "quantize{scheme=int8-dynamic,activations=row}",
     "int8-dynamic": "quantize{scheme=int8-dynamic}",
+    "balanced + int8-dynamic": "balanced,quantize{scheme=int8-dynamic}",
     "int8-dynamic, no scales": "quantize{scheme=int8-dynamic,alpha=0}",
     "int8-static": "quantize{scheme=int8-static}",
     "int8-static, no scales": "quantize{scheme=int8-static,alpha=0}",
