@@ -223,16 +223,28 @@ def _figure(name: str, got: Array, stored: Mapping[str, Array], least: float) ->
 
 
 def relative_difference(got: Array, want: Array) -> float:
-    """Return max |got - want| / max |want|; 0 for equal arrays, even where all are 0 or NaN."""
-    if np.array_equal(got, want):
+    """Return max |got - want| / max |want|; 0 for equal arrays, even where all are 0.
+
+    What is infinite in both, such as a hidden logit, is equal; in one alone it is infinitely far.
+    """
+    one, other = _but_infinite(got, want)
+    if np.array_equal(one, other):
         return 0.0
-    one, other = got.astype(np.float64), want.astype(np.float64)
     scale = float(np.abs(other).max()) or 1.0
-    return float(np.abs(one - other).max() / scale)
+    return float(np.abs(one - other).max() / scale) if np.isfinite(scale) else float("inf")
+
+
+def _but_infinite(got: Array, want: Array) -> tuple[Array, Array]:
+    """Return both in float64, with 0 where both are the same infinity."""
+    same = np.isinf(want) & (got == want)
+    one, other = (np.where(same, 0.0, side.astype(np.float64)) for side in (got, want))
+    return one, other
 
 
 def cosine(got: Array, want: Array) -> float:
     """Return the cosine of the angle between two arrays, NaN where they cannot be compared."""
-    one, other = got.astype(np.float64).ravel(), want.astype(np.float64).ravel()
-    lengths = float(np.linalg.norm(one) * np.linalg.norm(other)) if one.size == other.size else 0.0
+    if got.shape != want.shape:
+        return float("nan")
+    one, other = (side.ravel() for side in _but_infinite(got, want))
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / lengths if lengths else float("nan")

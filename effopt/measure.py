@@ -176,9 +176,12 @@ def cosine(reference: ArrayLike, got: ArrayLike) -> Cosine:
     """Compare two outputs row by row (first axis; the rest of a row is one vector).
 
     cos = <a, b> / (|a| |b|) in float64; two zero rows agree (1), a zero and a non-zero one do not
-    (0); NaN anywhere gives NaN. Raises VerificationError where the shapes differ.
+    (0); NaN anywhere gives NaN; what is infinite in both, such as a hidden logit, is left out.
+    Raises VerificationError where the shapes differ.
     """
     left, right = (_rows(side) for side in _pair(reference, got))
+    hidden = np.isinf(left) & (left == right)
+    left, right = (np.where(hidden, 0.0, side) for side in (left, right))
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     same = np.all(left == right, axis=1)
     found = np.where(norms == 0, 0.0, np.sum(left * right, axis=1) / np.where(norms == 0, 1, norms))

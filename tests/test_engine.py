@@ -339,3 +339,12 @@ def test_figures() -> None:
     assert cosine(np.array([1.0, 0.0]), np.array([1.0, 1.0])) == pytest.approx(0.5**0.5)
     assert np.isnan(cosine(zero, zero))
     assert np.isnan(cosine(zero, np.ones(4)))
+
+
+def test_what_is_hidden_in_both_outputs_is_equal() -> None:
+    """Logits of -inf made the difference of engines with any rounding no number."""
+    one, other = (np.array([1.0, -np.inf, end]) for end in (2.0, 2.5))
+    assert relative_difference(one, other) == 0.2
+    assert cosine(one, one) == pytest.approx(1)
+    assert relative_difference(one, np.array([1.0, 3.0, 2.0])) == np.inf
+    assert not relative_difference(np.array([1.0, 3.0, 2.0]), one) <= 1e9

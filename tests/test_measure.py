@@ -119,6 +119,11 @@ def test_wilson_interval_holds_the_share(samples: int, share: float) -> None:
     assert hits / samples - 1e-12 <= high <= 1
 
 
+def test_what_is_hidden_in_both_does_not_turn_a_row() -> None:
+    found = cosine([[1.0, -np.inf]], [[2.0, -np.inf]])
+    assert (found.mean, found.min) == (1.0, 1.0)
+
+
 def test_cosine_is_by_row() -> None:
     found = cosine([[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [1.0, 1.0]])
     assert (found.rows, found.min) == (2, pytest.approx(math.sqrt(0.5)))

@@ -76,9 +76,12 @@ class Hides(Net):
         return super().forward(x).masked_fill(torch.arange(64) % 2 == 0, -torch.inf)
 
 
-def test_outputs_that_are_infinite_do_not_count() -> None:
+def test_outputs_that_are_infinite_do_not_count(tmp_path: Path) -> None:
     made, _, _ = quantized("quantize{scheme=int8-weight}", Hides(), data=False)
     assert 0 < rounding_noise(made) < 1
+    spec = "quantize{scheme=int8-weight}"
+    effopt.optimize(Hides().eval(), inputs(2), recipe=spec).save(tmp_path / "made", measure=False)
+    assert check(load(tmp_path / "made"))[0].ok
 
 
 def test_a_row_of_zeros_in_half_precision_has_no_noise() -> None:
