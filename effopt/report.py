@@ -29,7 +29,8 @@ class StepRecord:
     """One pass of the recipe: what it changed, or why it changed nothing.
 
     `skipped` is the reason of a step that was left out, else "". `facts` is JSON; the pictures
-    read `{"tokens": N, "sites": [{"path": block, "before": tokens, "after": tokens}, ...]}`.
+    read `{"tokens": N, "sites": [{"path": block, "before": tokens, "after": tokens}, ...]}`, and
+    `effopt.report_layers` says what they hold of quantized layers.
     """
 
     spec: str

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -131,16 +132,29 @@ def prove(program: Program) -> Counter[str]:
 
 
 def assert_moved(before: Program, after: Program, scales: Scales) -> None:
-    """Assert that each layer of a group has other weights, as have its producers."""
+    """Assert that each layer of a group has other weights, as have its producers.
+
+    A constant of zeros stays as it is; what reads nothing but zeros needs no producer.
+    """
     held, now = _constants(before), _constants(after)
     changed = {
         name
         for name, tensors in held.items()
         if any(not torch.equal(a, b) for a, b in zip(tensors, now[name], strict=True))
     }
+    zeros = {name for name, tensors in held.items() if not any(map(torch.any, tensors))}
     for group in scales.groups:
-        assert all(node.name in changed for node in (*group.linears, *group.producers))
-        assert group.producers or group.kind == "mul"
+        assert all(node.name in changed for node in group.linears)
+        assert all(node.name in changed | zeros for node in group.producers)
+        assert group.producers or group.kind == "mul" or _made_of_zeros(group.source)
+
+
+def _made_of_zeros(node: Node) -> bool:
+    aten = torch.ops.aten
+    views = (aten.reshape.default, aten.permute.default, aten.slice.Tensor)
+    while node.target in views:
+        node = node.all_input_nodes[0]
+    return node.target is aten.zeros_like.default
 
 
 def _constants(program: Program) -> dict[str, list[Tensor]]:
