@@ -109,6 +109,6 @@ def product(
     }
     if (weights, activations) in rows:
         return rows[weights, activations]
-    known = [f"{kind} weights and {ACTIVATIONS[how]}" for kind, how in rows]
+    known = [f"{own} weights and {ACTIVATIONS[how]}" for own, how in rows]
     reason = f"no product of {weights} weights and {ACTIVATIONS[activations]}"
     return Limit(reason, f"choose {'; or '.join(known)}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import effopt
 from effopt.console import Progress, print_error
 from effopt.errors import EffoptError
+from effopt.measure import cosine
 from effopt.plain import figure
 from examples.digits.data import canvases, evaluation_set
 from examples.digits.model import trained
@@ -82,10 +83,8 @@ def _text() -> Case:
 
 
 def _cosines(want: Floats, got: Floats) -> dict[str, float]:
-    one, other = want.astype(np.float64), got.astype(np.float64)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    found = (one * other).sum(1) / lengths
-    return {"cos_mean": float(found.mean()), "cos_min": float(found.min())}
+    found = cosine(want, got)
+    return {"cos_mean": found.mean, "cos_min": found.min}
 
 
 CASES: Mapping[str, Callable[[], Case]] = MappingProxyType({"digits": _digits, "text": _text})

@@ -59,7 +59,8 @@ def chosen(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
         given = tuple(name.strip() for name in text.split(","))
         for name in given:
             if name not in names:
-                raise argparse.ArgumentTypeError(unknown("model", name, names).reason)
+                wrong = unknown("model", name, names)
+                raise argparse.ArgumentTypeError(f"{wrong.reason}: {wrong.remedy}")
         return given
 
     return read

@@ -169,7 +169,7 @@ def test_the_benchmark_prints_one_document(
     document = json.loads(capsys.readouterr().out)
     assert document["conversion"] == record
     rows = document["models"]["digits"]["rows"]
-    names = ["plain export", "folded export", "balanced", "tome r=16"]
+    names = ["plain export", "folded export", "balanced", "tome r=16", "int8", "balanced + int8"]
     assert [row["variant"] for row in rows] == names
     assert rows[0]["cosine"]["min"] > 0.99999
     assert rows[1]["cosine"]["min"] > 0.99999
