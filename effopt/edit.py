@@ -1,17 +1,19 @@
 """Edit: the only way to change a graph. Every new node gets its value and the name of its maker."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument
+from torch.utils import _pytree as pytree
 
 from effopt.axes import same_sizes
 from effopt.errors import VerificationError
 from effopt.infer import fake_mode, infer
 from effopt.program import Program, where
+from effopt.signature import TensorSpec
 
 MAKER = "effopt.maker"
 """Key in `node.meta`: which pass made or changed the node, and why."""
@@ -129,6 +131,22 @@ class Edit:
     def _infer(self, node: Node) -> None:
         node.meta[MAKER] = self.by
         node.meta["val"] = infer(node, self.program)
+        self.count += 1
+
+    def outputs(self, nodes: Sequence[Node], more: Sequence[TensorSpec]) -> None:
+        """Return `nodes`: those that there are, in order, then new ones, of specs `more`.
+
+        The new outputs stand beside the model's own: as further keys of a mapping, else at the end
+        of a tuple. What eager torch returns is then a plain dict or tuple.
+        """
+        output, program = self.program.output(), self.program
+        output.args = (tuple(nodes),)
+        output.meta["val"] = tuple(node.meta["val"] for node in nodes)
+        program.signature = program.signature.extended(more)
+        leaves, program.out_spec = pytree.tree_flatten(
+            program.signature.nest(range(len(program.signature.outputs)))
+        )
+        program.slots = tuple(leaves)
         self.count += 1
 
     def close(self) -> bool:

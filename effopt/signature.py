@@ -63,6 +63,18 @@ class Signature:
         outputs = (replace(spec, port=ports.get(spec.name, spec.name)) for spec in self.outputs)
         return replace(self, outputs=tuple(outputs))
 
+    def extended(self, more: Sequence[TensorSpec]) -> "Signature":
+        """Add outputs beside the others: further keys of a mapping, else the end of a tuple."""
+        places = range(len(self.outputs), len(self.outputs) + len(more))
+        tree = self.structure
+        if isinstance(tree, dict) and "dict" in tree:
+            names = (spec.name for spec in more)
+            wider: Any = {"dict": {**tree["dict"], **dict(zip(names, places, strict=True))}}
+        else:
+            held = tree["tuple"] if isinstance(tree, dict) else [tree]
+            wider = {"tuple": [*held, *places]}
+        return Signature(self.inputs, (*self.outputs, *more), wider)
+
     def to_json(self) -> dict[str, Any]:
         """Return the plain record that the manifest holds."""
         return {

@@ -15,5 +15,8 @@ TABLE = {
         "select_tokens",
         "fuse_tokens",
         "quantized_linear",
+        "exit_score",
+        "exit_index",
+        "choose_exit",
     )
 }
