@@ -13,9 +13,9 @@ class Scheme:
     keeps `values` of a kind; `bits` and `group` (0: one scale an output channel) are theirs.
     `activations` are as `effopt::quantized_linear` names them; `scaling` chooses channel scales by
     "awq" or "smooth"; `muls` says whether a scale that nothing absorbs is worth a multiplication;
-    `rounding` is "nearest", "gptq", or one that leaves floats: "pow2", "2:4" or "cast". `options`
-    are those of the pass that mean something. A scheme that `needs_data` has no meaning without.
-    `values` says what the weights are if no integers.
+    `rounding` is "nearest", "gptq" (to nearest where there is no data), or one that leaves floats:
+    "pow2", "2:4" or "cast". `options` are those of the pass that mean something. A scheme that
+    `needs_data` has no meaning without. `values` says what the weights are if no integers.
     """
 
     weights: str
@@ -39,6 +39,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         "int8-dynamic": Scheme(
             *("int8", 8, 0, f"{_INTEGERS}, ranges at run time", ("activations", "alpha")),
             *("tensor", "smooth"),
+            rounding="gptq",
         ),
         "int8-static": Scheme(
             *("int8", 8, 0, f"{_INTEGERS}, calibrated ranges", ("alpha", "observer")),
