@@ -1,11 +1,11 @@
-"""Whether onnxruntime runs every quantized linear on integers: read from what it made of a file.
+"""Whether onnxruntime runs every quantized linear on integers: read from what it makes of files.
 
 A layout that it does not know costs no error but time: weights dequantized at each run take 2 to
 20 times as long as float32. So the graph that it has optimised is written out and read.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -20,22 +20,27 @@ FUSED = ("MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinea
 _REMEDY = "report this model; meanwhile leave the layer in float"
 
 
-def check_fused(path: Path, linears: Mapping[str, str]) -> None:
-    """Load a file as onnxruntime would run it, and find its quantized linears there.
+def check_fused(paths: Sequence[Path], linears: Mapping[str, str]) -> None:
+    """Load files as onnxruntime would run them, and find their quantized linears there.
 
-    `linears` are their names, which begin those of their weights (`<name>.codes`), each with the
-    place to tell. Raises VerificationError that names a linear which has stayed in parts.
+    `linears` are the names of those in any of the files, which begin those of their weights
+    (`<name>.codes`), each with the place to tell. Raises VerificationError that names a linear
+    which has stayed in parts.
     """
+    check_graphs([_optimized(path) for path in paths], linears)
+
+
+def _optimized(path: Path) -> GraphProto:
     with tempfile.TemporaryDirectory(prefix="effopt-") as scratch:
         made = Path(scratch) / "optimized.onnx"
         optimize(path, made)
-        check_graph(onnx.load(str(made), load_external_data=False).graph, linears)
+        return onnx.load(str(made), load_external_data=False).graph
 
 
-def check_graph(graph: GraphProto, linears: Mapping[str, str]) -> None:
-    """Check an optimised graph and the graphs inside of its nodes; see `check_fused`."""
+def check_graphs(graphs: Sequence[GraphProto], linears: Mapping[str, str]) -> None:
+    """Check optimised graphs and the graphs inside of their nodes; see `check_fused`."""
     fused: list[NodeProto] = []
-    for node, weights in _nodes(graph, {}):
+    for node, weights in (found for graph in graphs for found in _nodes(graph, {})):
         if node.op_type in FUSED:
             fused.append(node)
         elif weight := _stuck(node, weights):

@@ -1,7 +1,8 @@
 """The ONNX file: standard operators at one opset, unless it is for onnxruntime on the CPU."""
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,21 @@ def write(
     folder: Path,
     provenance: Mapping[str, str] | None = None,
     target: Target | None = None,
-) -> dict[str, str]:
-    """Write `model.onnx` (and `model.onnx.data` for large weights) into an existing folder.
+) -> Artifact:
+    """Write a program into an existing folder; return the files, their facts and ports.
 
-    `provenance` goes into the file's metadata, beside the version and the passes. `target` says
-    whose forms quantized linears get; without one they are in standard operators. Returns the
-    outputs that are named otherwise in the file, `{name: name in the file}`: those named like an
-    input.
+    `model.onnx` (and `model.onnx.data` for large weights), or where its exits are of the form
+    "split" a file for each segment, which the fact "split" tells of. `provenance` goes into the
+    metadata of the files, beside the version and the passes. `target` says whose forms quantized
+    linears get; without one they are in standard operators. Ports are the outputs that are named
+    otherwise in the file, as those named like an input.
     Raises PreconditionError, naming the operator, for what standard operators cannot say.
     """
+    from effopt.backends.onnx_exits import lower_exits
     from effopt.backends.onnx_file import save
     from effopt.backends.onnx_lower import lower
+    from effopt.backends.split import FORM, write_split
+    from effopt.exits import find_exits, with_thresholds
 
     known = {
         "effopt.version": importlib.metadata.version("effopt"),
@@ -41,7 +46,48 @@ def write(
         **(provenance or {}),
     }
     kind = target.kind if target else "portable"
-    return save(lower(program, kind), program.signature, folder, known, extended=kind == "cpu")
+    extended, exits = kind == "cpu", program.get(find_exits)
+    signature = with_thresholds(program)
+    if exits is not None and exits.form == FORM:
+        split = write_split(program, folder, kind, known, extended=extended)
+        names = [part.file for part in split.segments]
+        return _artifact(folder, names, {"split": split.to_json()}, {})
+    made = (lower_exits if exits else lower)(program, kind)
+    ports = save(made, signature, folder, known, extended=extended)
+    return _artifact(folder, [MODEL], {}, ports)
+
+
+def _artifact(
+    folder: Path,
+    names: Sequence[str],
+    facts: Mapping[str, Any],
+    ports: Mapping[str, str],
+) -> Artifact:
+    """Add the weights to the files, and the opset and the versions of the tools to the facts."""
+    import onnx
+
+    model = onnx.load(str(folder / names[0]), load_external_data=False)
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    tools = {name: importlib.metadata.version(name) for name in _TOOLS}
+    weights = [WEIGHTS] if (folder / WEIGHTS).exists() else []
+    return Artifact((*names, *weights), {"opset": opset, "tools": tools, **facts}, ports)
+
+
+def models(artifact: Artifact) -> list[str]:
+    """Return the names of the ONNX files among those of a build."""
+    return [name for name in artifact.files if name.endswith(".onnx")]
+
+
+def opened(
+    folder: Path, signature: Signature, facts: Mapping[str, Any], *, check_only: bool = False
+) -> Runner:
+    """Open what `write` wrote in onnxruntime; `check_only` and errors are as with `Session`."""
+    from effopt.backends.exit_runner import ExitRunner
+    from effopt.backends.session import Session
+
+    if "split" in facts:
+        return ExitRunner(folder, signature, facts["split"], check_only=check_only)
+    return Session(folder / MODEL, signature, check_only=check_only)
 
 
 class Onnx:
@@ -61,37 +107,23 @@ class Onnx:
 
     def build(self, program: "Program", target: Target, folder: Path) -> Artifact:
         """Write the file; PreconditionError names the first node that the target will refuse."""
-        ports = write(program, folder, {"effopt.target": target.name}, target)
+        made = write(program, folder, {"effopt.target": target.name}, target)
+        names = models(made)
         if target.gpu:
             from effopt.backends.readiness import require
 
-            require(folder / MODEL, target)
-        pending = f"engine: to be built on {target.arch} from {MODEL}" if target.gpu else ""
+            for name in names:
+                require(folder / name, target)
+        from_files = ", ".join(names)
+        pending = f"engine: to be built on {target.arch} from {from_files}" if target.gpu else ""
         from effopt.backends.quantized import linears
         from effopt.backends.quantized_noise import rounding_noise
 
-        known = {**facts(folder), "integer_layers": len(linears(program))}
+        known = {**made.facts, "integer_layers": len(linears(program))}
         if known["integer_layers"]:
             known["integer_noise"] = rounding_noise(program)
-        return Artifact(written(folder), known, ports, pending)
+        return replace(made, facts=known, pending=pending)
 
     def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:
         """Open the file in onnxruntime, on the CPU, whatever target it was written for."""
-        from effopt.backends.session import Session
-
-        return Session(folder / MODEL, signature)
-
-
-def written(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files that `write` made in a folder."""
-    return tuple(name for name in (MODEL, WEIGHTS) if (folder / name).exists())
-
-
-def facts(folder: Path) -> dict[str, Any]:
-    """Return what the manifest should know: the file's opset and the versions of the tools."""
-    import onnx
-
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
-    (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    tools = {name: importlib.metadata.version(name) for name in _TOOLS}
-    return {"opset": opset, "tools": tools}
+        return opened(folder, signature, facts)

@@ -25,6 +25,8 @@ MAX_FILE = 2**31 - 1
 MAX_NODES = 200_000
 MAX_DEPTH = 32
 MAX_DENSE = 64 << 20
+MAX_REPEATED = 64 << 20
+"""Bytes that tensors may share with others of one file, above what the file's weights take."""
 
 _REMEDY = "do not run this file; get it again from a source that you trust"
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
@@ -63,6 +65,7 @@ def check_file(path: Path) -> frozenset[int]:
         raise _unsafe(path.name, "it holds no graph")
     weights = _Weights(path.name, os.path.realpath(path.parent))
     _walk(model, weights)
+    weights.check_regions()
     check_sizes(model, path.name, weights.total)
     return frozenset(weights.kinds)
 
@@ -100,6 +103,9 @@ class _Weights:
     base: str
     total: int = 0
     kinds: set[int] = field(default_factory=set)
+    repeated: int = 0
+    regions: set[tuple[str, int, int]] = field(default_factory=set)
+    """Location, begin and end of the bytes that lie beside the file."""
 
     def check(self, tensor: TensorProto) -> None:
         """Check one tensor's shape against its bytes, inside the file or beside it."""
@@ -109,14 +115,29 @@ class _Weights:
         count = math.prod(tensor.dims)
         self.kinds.add(tensor.data_type)
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            self.total += self._external(tensor, place, _bytes(tensor, count, place))
+            self._external(tensor, place, _bytes(tensor, count, place))
         elif tensor.data_type == TensorProto.STRING:
             if len(tensor.string_data) != count:
                 raise _unsafe(place, f"{len(tensor.string_data)} strings for {count} elements")
         else:
             self.total += _inline(tensor, place, count)
 
-    def _external(self, tensor: TensorProto, place: str, size: int) -> int:
+    def check_regions(self) -> None:
+        """Refuse many tensors on the same bytes, which a runtime may copy for each of them.
+
+        Equal tensors may lie on the same bytes; together they may repeat as many as there are.
+        """
+        ends: dict[str, int] = {}
+        for location, begin, end in sorted(self.regions):
+            if begin < ends.get(location, 0):
+                place = f"{self.model}: {_shown(location)}"
+                raise _unsafe(place, f"tensors overlap at byte {begin} without being the same")
+            ends[location] = max(end, ends.get(location, 0))
+        if self.repeated > max(MAX_REPEATED, self.total):
+            reason = f"its tensors share {self.repeated} bytes, and have {self.total} of their own"
+            raise _unsafe(self.model, reason)
+
+    def _external(self, tensor: TensorProto, place: str, size: int) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if set(entries) - _EXTERNAL_KEYS or len(entries) != len(tensor.external_data):
             raise _unsafe(place, f"unknown or repeated entries among {sorted(entries)}")
@@ -131,7 +152,10 @@ class _Weights:
         os.close(descriptor)
         if offset + length > there:
             raise _unsafe(place, f"its bytes end at {offset + length}, the file at {there}")
-        return size
+        region = (entries["location"], offset, offset + length)
+        known = region in self.regions
+        self.regions.add(region)
+        self.total, self.repeated = self.total + size * (not known), self.repeated + size * known
 
     def _inside(self, location: str, place: str) -> str:
         """Return the path of a location that stays in the folder, links resolved."""

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from effopt.backends.onnx import MODEL, WEIGHTS
+from effopt.backends.onnx_tidy import drop_zero_adds
 from effopt.errors import PreconditionError, VerificationError
 from effopt.signature import Signature, TensorSpec
 
@@ -29,13 +29,27 @@ def save(
 ) -> dict[str, str]:
     """Name, tidy, write and check a lowered graph; return the names that had to differ.
 
-    The folder gets `model.onnx`, and `model.onnx.data` where the weights are large. Inputs and
-    outputs carry the names and sizes of the signature. `extended` allows onnxruntime's own
-    operators. Raises PreconditionError for another operator that is not standard,
-    VerificationError for a file that the ONNX checker refuses.
+    The folder gets `model.onnx`, and `model.onnx.data` where the weights are large. Errors are
+    those of `finish` and `check_written`.
+    """
+    ports = finish(model, signature, provenance, extended=extended)
+    external = _weight_bytes(model.graph) >= EXTERNAL_FROM
+    path = folder / MODEL
+    ir.save(model, path, external_data=WEIGHTS if external else None)
+    check_written(path)
+    return ports
+
+
+def finish(
+    model: ir.Model, signature: Signature, provenance: Mapping[str, str], *, extended: bool
+) -> dict[str, str]:
+    """Name and tidy a lowered graph that is to be a file; return the names that had to differ.
+
+    Inputs and outputs carry the names and sizes of the signature. `extended` allows onnxruntime's
+    own operators. Raises PreconditionError for another operator that is not standard.
     """
     _only_known(model, _EXTENDED if extended else _STANDARD)
-    _drop_zero_adds(model.graph)
+    drop_zero_adds(model.graph)
     _own_output_nodes(model.graph)
     ports = _name_ports(model.graph, signature)
     _forget(model)
@@ -43,16 +57,17 @@ def save(
     model.producer_version = provenance.get("effopt.version", "")
     model.metadata_props.clear()
     model.metadata_props.update(provenance)
-    external = _weight_bytes(model.graph) >= EXTERNAL_FROM
-    path = folder / MODEL
-    ir.save(model, path, external_data=WEIGHTS if external else None)
+    return ports
+
+
+def check_written(path: Path) -> None:
+    """Raise VerificationError for a file that the ONNX checker refuses."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         first = str(error).strip().splitlines()[0]
         reason = f"the ONNX checker refuses the file that was written: {first}"
         raise VerificationError(reason, "report this model: the export is at fault") from error
-    return ports
 
 
 def _only_known(model: ir.Model, domains: tuple[str, ...]) -> None:
@@ -63,29 +78,6 @@ def _only_known(model: ir.Model, domains: tuple[str, ...]) -> None:
                 f"{node.domain}::{node.op_type} is no standard ONNX operator",
                 "write the operation in common torch operations",
             )
-
-
-def _drop_zero_adds(graph: ir.Graph) -> None:
-    """Remove x + 0 with a constant tensor of zeros: the mask of a model that masks nothing."""
-    for node in list(graph):
-        if node.op_type != "Add":
-            continue
-        for kept, zeros in (node.inputs, reversed(node.inputs)):
-            if kept is None or zeros is None or not _adds_nothing(kept, zeros, node.outputs[0]):
-                continue
-            ir.convenience.replace_all_uses_with(node.outputs[0], kept, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
-            break
-    unused = [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]
-    for name in unused:
-        del graph.initializers[name]
-
-
-def _adds_nothing(kept: ir.Value, zeros: ir.Value, total: ir.Value) -> bool:
-    constant = zeros.const_value if zeros.is_initializer() else None
-    if constant is None or constant.size > 1 << 20 or kept.shape is None:
-        return False
-    return kept.shape == total.shape and not np.any(constant.numpy())
 
 
 def _own_output_nodes(graph: ir.Graph) -> None:
@@ -132,18 +124,18 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
 
 def _forget(model: ir.Model) -> None:
     """Drop inferred types and the exporter's notes: the one goes stale, the other names paths."""
-    outputs = set(model.graph.outputs)
+    graphs = (model.graph, *model.graph.subgraphs())
+    outputs = {value for graph in graphs for value in graph.outputs}
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-    for node in model.graph:
-        for value in node.outputs:
             if value not in outputs:
                 value.type = value.shape = None
     for value in model.graph.initializers.values():
-        value.type = value.shape = None  # the tensor itself says both
+        if not value.is_graph_input():
+            value.type = value.shape = None  # the tensor itself says both
     for value in [*model.graph.inputs, *outputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()

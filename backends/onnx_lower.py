@@ -39,15 +39,16 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _LINEAR = torch.ops.aten.linear.default
 
 
-def lower(program: Program, kind: str = "portable") -> ir.Model:
+def lower(program: Program, kind: str = "portable", opset: int = OPSET) -> ir.Model:
     """Translate a program; inputs and outputs are in the order of its signature, yet unnamed.
 
     `kind` says whose form quantized linears get: "cpu" may use onnxruntime's own operators,
-    "portable" and "gpu" standard ones alone. The program is left as it was. Raises
+    "portable" and "gpu" standard ones alone. `opset` is the least. The program is left as it was,
+    and computes the answers of all exits that it has, see `onnx_exits` in place of that. Raises
     PreconditionError, naming the operator or the node, for what has no such form.
     """
     fork = program.fork()
-    opset = max(OPSET, quantized.mark(fork.module.graph, kind))
+    opset = max(opset, quantized.mark(fork.module.graph, kind))
     _prepare(fork.module.graph)
     fork.compile()
     with _quiet(), torch.no_grad():

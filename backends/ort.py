@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effopt.backend import YES, Artifact, Runner, Support
-from effopt.backends.onnx import MODEL, Onnx
-from effopt.backends.session import Session, runtime
+from effopt.backends.onnx import Onnx, models, opened
+from effopt.backends.session import runtime
 from effopt.errors import MissingError
 from effopt.signature import Signature
 from effopt.target import Target
@@ -45,12 +45,15 @@ class Ort:
             raise MissingError(*here.reason.split(": ", 1))
         from effopt.backends.fused_check import check_fused
         from effopt.backends.quantized import linears
+        from effopt.exits import with_thresholds
         from effopt.program import where
 
         made = Onnx().build(program, target, folder)
-        Session(folder / MODEL, program.signature.with_ports(made.ports), check_only=True)
+        signature = with_thresholds(program).with_ports(made.ports)
+        opened(folder, signature, made.facts, check_only=True)
         if found := linears(program):
-            check_fused(folder / MODEL, {node.name: where(node) for node in found})
+            files = [folder / name for name in models(made)]
+            check_fused(files, {node.name: where(node) for node in found})
         import onnxruntime  # the package may be onnxruntime-gpu: only the module knows
 
         tools = {**made.facts["tools"], "onnxruntime": str(onnxruntime.__version__)}
@@ -58,4 +61,4 @@ class Ort:
 
     def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:
         """Open the file; UnsafeFileError where it is no plain model."""
-        return Session(folder / MODEL, signature)
+        return opened(folder, signature, facts)

@@ -143,5 +143,15 @@ class Draft:
     def put_before(self, node: ir.Node) -> None:
         """Insert what was written since the last call ahead of a node."""
         assert node.graph is not None
-        node.graph.insert_before(node, list(self._tape.nodes))
+        node.graph.insert_before(node, self.taken())
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """The nodes that were written since the last were taken."""
+        return list(self._tape.nodes)
+
+    def taken(self) -> list[ir.Node]:
+        """Return the nodes that were written since the last call."""
+        nodes = self.nodes
         self._tape = ir.tape.Tape()
+        return nodes

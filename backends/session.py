@@ -33,6 +33,8 @@ class Session:
         self._inputs = [spec.port for spec in signature.inputs]
         self._outputs = [spec.port for spec in signature.outputs]
         found = [port.name for port in self._session.get_inputs()]
+        # A default that a caller may overwrite is an initializer and an input in one.
+        found += [port.name for port in self._session.get_overridable_initializers()]
         if found != self._inputs:
             reason = f"{path.name} takes {found}, its signature says {self._inputs}"
             raise VerificationError(reason, "build the engine again")

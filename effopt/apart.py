@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from effopt.bench import batches, feeds, time_engines
+from effopt.bench import batches, time_engines, turns
 from effopt.engine import Figure, check, load
 from effopt.errors import EffoptError
 from effopt.report import Latency
@@ -56,7 +56,7 @@ def _answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     last = list(engines.values())[-1]
     found: list[Latency] = []
     for batch in batches(last):
-        found += time_engines(engines, feeds(last, batch), batch, request["budget"])
+        found += time_engines(engines, turns(last, batch), batch, request["budget"])
     return [asdict(latency) for latency in found]
 
 

@@ -1,18 +1,21 @@
 """Engines against each other: their times and how far their outputs agree. Free of torch."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from effopt.backend import Array
-from effopt.engine import Engine, bind
+from effopt.engine import Engine, bind, has_exits, without_exits
 from effopt.errors import UsageError
-from effopt.measure import compare, cosine, top1_agreement
+from effopt.measure import Call, compare, cosine, top1_agreement
 from effopt.report import Latency, Quality
 
 Feeds = dict[str, Array]
+
+NEVER = ", no exits"
+"""What the name of an engine gets where it is timed with thresholds that are never reached."""
 
 _BATCH = "batch"
 _PATIENCE = 600.0
@@ -27,18 +30,19 @@ def batches(engine: Engine) -> tuple[int, ...]:
     return next(((shape[0],) for shape in shapes if shape and isinstance(shape[0], int)), (1,))
 
 
-def feeds(engine: Engine, batch: int) -> Feeds:
+def feeds(engine: Engine, batch: int, turn: int = 0) -> Feeds:
     """Return the stored inputs by name, with their rows repeated or cut to the batch size.
 
+    Each `turn` takes the rows that follow those of the turn before.
     Raises UsageError where the folder stores no inputs, or the batch is fixed to another size.
     """
     stored, found = engine.reference, Feeds()
-    for spec in engine.signature.inputs:
+    for spec in engine.signature.needed:
         array = stored.get(f"input.{spec.name}")
         if array is None:
             raise UsageError(f"{engine.folder} holds no reference inputs", "write the engine again")
         axis = spec.shape.index(_BATCH) if _BATCH in spec.shape else None
-        rows = np.arange(batch) % array.shape[axis] if axis is not None else None
+        rows = (turn * batch + np.arange(batch)) % array.shape[axis] if axis is not None else None
         found[spec.name] = array if rows is None else np.take(array, rows, axis=axis)
     fixed = batches(engine)
     if len(fixed) == 1 and batch not in fixed:
@@ -49,18 +53,36 @@ def feeds(engine: Engine, batch: int) -> Feeds:
     return found
 
 
-def time_engines(
-    engines: Mapping[str, Engine], inputs: Feeds, batch: int, budget: float = 20.0
-) -> tuple[Latency, ...]:
-    """Time engines on the same inputs, interleaved, within `budget` seconds.
+def turns(engine: Engine, batch: int) -> list[Feeds]:
+    """Return what to time an engine on: the stored rows, in batches that differ if times do.
 
-    The first engine is the baseline of the speed-ups. Only the run itself is timed: the inputs
-    are checked before.
+    With early exits the time of a call depends on its inputs, so that one input says little.
     """
-    calls = {
-        name: partial(engine.run, bind(engine.signature, (), inputs))
-        for name, engine in engines.items()
-    }
+    if not has_exits(engine.signature):
+        return [feeds(engine, batch)]
+    rows = (
+        engine.reference[f"input.{spec.name}"].shape[spec.shape.index(_BATCH)]
+        for spec in engine.signature.needed
+        if _BATCH in spec.shape
+    )
+    return [feeds(engine, batch, turn) for turn in range(max(1, next(rows, 1) // batch))]
+
+
+def time_engines(
+    engines: Mapping[str, Engine], inputs: Sequence[Feeds], batch: int, budget: float = 20.0
+) -> tuple[Latency, ...]:
+    """Time engines on the same inputs, one after the other, interleaved, within `budget` seconds.
+
+    The first engine is the baseline of the speed-ups. An engine with early exits is timed without
+    them as well. Only the run itself is timed: the inputs are checked before.
+    """
+    calls: dict[str, list[Call]] = {}
+    for name, engine in engines.items():
+        if has_exits(engine.signature):
+            never = (without_exits(engine.signature, given) for given in inputs)
+            calls[f"{name}{NEVER}"] = [partial(engine.run, given) for given in never]
+        bound = (bind(engine.signature, (), given) for given in inputs)
+        calls[name] = [partial(engine.run, given) for given in bound]
     timings = compare(calls, budget=budget)
     return tuple(Latency.of(name, batch, threads(), timing) for name, timing in timings.items())
 

@@ -89,13 +89,13 @@ def read_calibration(given: object, program: Program, *, least: int = 1) -> Cali
 def _counted(data: Calibration, least: int) -> Calibration:
     samples = batches = 0
     for batch in data:
-        samples, batches = samples + _rows(data.program, batch), batches + 1
+        samples, batches = samples + samples_in(data.program, batch), batches + 1
     counted = replace(data, samples=samples, batches=batches)
     counted.require(max(least, 1))
     return counted
 
 
-def _rows(program: Program, batch: tuple[Tensor, ...]) -> int:
+def samples_in(program: Program, batch: tuple[Tensor, ...]) -> int:
     """Count the samples of a batch: the free size "batch", else the first size of all."""
     pairs = list(zip(program.signature.inputs, batch, strict=True))
     free = (x.shape[spec.shape.index(_SIZE)] for spec, x in pairs if _SIZE in spec.shape)

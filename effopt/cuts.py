@@ -15,10 +15,11 @@ from torch import nn
 from torch.fx import Node
 
 from effopt.attention import SDPA
-from effopt.axes import same_sizes
+from effopt.axes import same_size
 from effopt.axis_table import family
 from effopt.cost import macs_by_node
 from effopt.errors import PreconditionError
+from effopt.kernel import kernel
 from effopt.masks import ACTIVATIONS
 from effopt.program import Program, is_tensor, shape, value
 
@@ -126,8 +127,19 @@ def _features(program: Program) -> set[Node]:
             learned.add(node)
         starts = family(node) in ACTIVATIONS and node in learned and node in held
         if node.op == "call_function" and (starts or any(arg in features for arg in sources)):
-            features.update([node] if node in held else ())
+            features.update([node] if node in held and not _only_counts(node) else ())
     return features
+
+
+def _only_counts(node: Node) -> bool:
+    """Tell whether an operator of ours says which tokens stay or how many one stands for."""
+    source = node.args[0] if family(node) == "item" else node
+    if not isinstance(source, Node) or family(source) != "kernel":
+        return False
+    if is_tensor(node) and not value(node).is_floating_point():
+        return True
+    merged = source.target is kernel("merge_tokens").op and node is not source
+    return merged and bool(node.args[1] == 1)
 
 
 def _is_parameter(program: Program, node: Node) -> bool:
@@ -176,9 +188,13 @@ def _origin(node: Node, flow: _Flow) -> Node:
 
 
 def _last_alike(joins: list[Node]) -> Node:
-    """Return the last sum of the shape of the first: a head behind the block has another."""
-    sizes = shape(joins[0])
-    return [join for join in joins if same_sizes(sizes, shape(join))][-1]
+    """Return the last sum of the rank and width of the first: a head behind the block has others.
+
+    Tokens may leave between the two.
+    """
+    rank, width = len(shape(joins[0])), shape(joins[0])[-1]
+    sizes = ((join, shape(join)) for join in joins)
+    return [n for n, size in sizes if len(size) == rank and same_size(size[-1], width)][-1]
 
 
 def _settled(ends: list[Node], sums: list[Node], flow: _Flow) -> list[Node]:

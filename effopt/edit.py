@@ -13,7 +13,7 @@ from effopt.axes import same_sizes
 from effopt.errors import VerificationError
 from effopt.infer import fake_mode, infer
 from effopt.program import Program, where
-from effopt.signature import TensorSpec
+from effopt.signature import Signature
 
 MAKER = "effopt.maker"
 """Key in `node.meta`: which pass made or changed the node, and why."""
@@ -133,16 +133,15 @@ class Edit:
         node.meta["val"] = infer(node, self.program)
         self.count += 1
 
-    def outputs(self, nodes: Sequence[Node], more: Sequence[TensorSpec]) -> None:
-        """Return `nodes`: those that there are, in order, then new ones, of specs `more`.
+    def outputs(self, nodes: Sequence[Node], signature: Signature) -> None:
+        """Let the program return `nodes`, which are the outputs of `signature`, in order.
 
-        The new outputs stand beside the model's own: as further keys of a mapping, else at the end
-        of a tuple. What eager torch returns is then a plain dict or tuple.
+        What it returns in eager torch nests as the signature says, in plain dicts and tuples.
         """
         output, program = self.program.output(), self.program
         output.args = (tuple(nodes),)
         output.meta["val"] = tuple(node.meta["val"] for node in nodes)
-        program.signature = program.signature.extended(more)
+        program.signature = signature
         leaves, program.out_spec = pytree.tree_flatten(
             program.signature.nest(range(len(program.signature.outputs)))
         )

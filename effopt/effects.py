@@ -1,5 +1,6 @@
 """What each operator does along a token axis: the table from operator family to effect."""
 
+import functools
 from collections.abc import Callable
 
 from torch.fx import Node
@@ -10,6 +11,7 @@ from effopt.axis_parts import margins
 from effopt.axis_rules import Places, dim_arg, first, named_dims
 from effopt.axis_table import family
 from effopt.effect_rules import Along, Always, order
+from effopt.kernel import kernel
 from effopt.program import is_tensor, shape, value
 from effopt.tokens import BROKEN, Effect, Kind, Range, Tokens
 
@@ -19,7 +21,7 @@ def effect(node: Node, tokens: Tokens) -> Effect | None:
     operands = [arg for arg in node.all_input_nodes if tokens.on(arg)]
     if not operands:
         return None
-    if node.op == "output":
+    if node.op == "output" or node.target in _of_exits():
         return Effect(Kind.EMIT)
     if node in tokens.axes.unknown:
         return order(tokens.axes.unknown[node])
@@ -31,6 +33,15 @@ def effect(node: Node, tokens: Tokens) -> Effect | None:
     if reason := _mixes(node, kind, tokens):
         return order(reason)
     return EFFECTS[kind](node, tokens)
+
+
+@functools.cache
+def _of_exits() -> frozenset[object]:
+    """Return the operators that read answers of exits, each reduced otherwise: all are made whole.
+
+    As an output does; so no exit waits for what later blocks reduce.
+    """
+    return frozenset(kernel(name).op for name in ("exit_score", "choose_exit"))
 
 
 def _no_row(node: Node) -> str:

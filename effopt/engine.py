@@ -5,11 +5,12 @@ model's own name for it and not by an error of the runtime.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from effopt.backend import Array, Runner, as_array, backend
 from effopt.errors import UsageError
 from effopt.folder import Manifest, read
 from effopt.reference import read_reference
-from effopt.signature import Signature, TensorSpec
+from effopt.signature import TAU, Signature, TensorSpec
+
+if TYPE_CHECKING:
+    from effopt.exit_queue import ExitQueue
 
 TOLERANCES = MappingProxyType({"float64": 1e-10, "float32": 1e-4, "float16": 2e-2})
 """Largest difference to the stored outputs, relative to the largest stored value.
@@ -76,6 +80,23 @@ class Engine:
         """Run on flat arrays in the order of the signature, which are taken as they are."""
         return self._runner.run(inputs)
 
+    def queue(
+        self, *, size: int = 8, age: float = 0.01, clock: Callable[[], float] = time.monotonic
+    ) -> "ExitQueue":
+        """Make queues for an engine whose exits are split; see `effopt.exit_queue`.
+
+        A segment runs once `size` rows are ahead of it, or one has waited for `age` seconds of the
+        clock. Raises UsageError for another engine.
+        """
+        from effopt.exit_flow import Flow
+        from effopt.exit_queue import ExitQueue
+
+        flow = getattr(self._runner, "flow", None)
+        if not isinstance(flow, Flow):
+            reason = f"{self.folder} has no segments that rows could wait between"
+            raise UsageError(reason, "optimize with exits of the form split, or call the engine")
+        return ExitQueue(flow, self.signature, size=size, age=age, clock=clock)
+
 
 def load(path: str | os.PathLike[str]) -> Engine:
     """Check an engine folder and open its engine.
@@ -101,13 +122,32 @@ def bind(
     wrong = [f"{len(arrays)} inputs were given"] if len(arrays) > len(names) else []
     wrong += [f"there is no input {name!r}" for name in named if name not in names]
     wrong += [f"input {name!r} is given twice" for name in named if name in given]
-    given.update(named)
+    given |= named
+    given = {**{s.name: s.default for s in signature.inputs if s.default is not None}, **given}
     wrong += [f"input {name!r} is missing" for name in names if name not in given]
     if wrong:
         raise UsageError(wrong[0], f"the inputs are: {', '.join(map(describe, signature.inputs))}")
     bound = [_convert(spec, given[spec.name]) for spec in signature.inputs]
     _check_sizes(signature.inputs, bound)
     return bound
+
+
+def has_exits(signature: Signature) -> bool:
+    """Tell whether rows may leave an engine early."""
+    return any(spec.name == TAU and spec.default is not None for spec in signature.inputs)
+
+
+def without_exits(signature: Signature, named: Mapping[str, object]) -> list[Array]:
+    """Put arguments in order as `bind` does; if there are exits, no row reaches a threshold.
+
+    So an engine is checked: scores near their thresholds may fall to either side of them.
+    """
+    never = {
+        spec.name: np.full(len(spec.default), np.inf, dtype=np.float32)
+        for spec in signature.inputs
+        if spec.name == TAU and spec.default is not None
+    }
+    return bind(signature, (), {**named, **never})
 
 
 def describe(spec: TensorSpec) -> str:
@@ -198,10 +238,10 @@ class Figure:
 def check(engine: Engine) -> list[Figure]:
     """Run the stored inputs and compare; UsageError where the folder stores none."""
     stored = engine.reference
-    inputs = {spec.name: stored.get(f"input.{spec.name}") for spec in engine.signature.inputs}
+    inputs = {spec.name: stored.get(f"input.{spec.name}") for spec in engine.signature.needed}
     if not stored or any(array is None for array in inputs.values()):
         raise UsageError(f"{engine.folder} holds no reference inputs", "write the engine again")
-    outputs = engine.run(bind(engine.signature, (), inputs))
+    outputs = engine.run(without_exits(engine.signature, inputs))
     specs = engine.signature.outputs
     noise = engine.manifest["facts"].get("integer_noise")
     given = isinstance(noise, float) and noise > 0

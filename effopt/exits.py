@@ -7,7 +7,7 @@ answers need; nothing else marks the place, so that passes rewrite the graph as 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from effopt.edit import Edit
 from effopt.errors import UsageError
 from effopt.kernel import kernel
 from effopt.program import Program
-from effopt.signature import TensorSpec
-
-EXIT_INDEX = "exit_index"
-"""The output that says at which exit each row has left, from 1."""
+from effopt.signature import EXIT_INDEX, TAU, Signature, TensorSpec
 
 NEVER = float("inf")
 """The threshold that no score reaches."""
@@ -38,11 +35,13 @@ class Exit:
 class Exits:
     """All exits in order; `ends` are the whole model's own answers, and `form` how to lower.
 
-    `index` is the node of the exit that each row takes, `tau` reads the thresholds [E].
+    `outputs` names what the program returns, in order: answers, EXIT_INDEX, and what no exit
+    changes. `index` is the node of the exit that each row takes, `tau` reads the thresholds [E].
     """
 
     exits: tuple[Exit, ...]
     ends: dict[str, Node]
+    outputs: tuple[str, ...]
     index: Node
     tau: Node
     form: str
@@ -66,7 +65,8 @@ def find_exits(program: Program) -> Exits | None:
         for place, score in enumerate(scores)  # type: ignore[arg-type]
     )
     ends = {name: nodes[-1] for name, nodes in answers.items()}
-    return Exits(exits, ends, index, tau, str(form))  # type: ignore[arg-type]
+    outputs = tuple(spec.name for spec in program.signature.outputs)
+    return Exits(exits, ends, outputs, index, tau, str(form))  # type: ignore[arg-type]
 
 
 def _answers(program: Program, index: Node) -> dict[str, list[Node]]:
@@ -97,7 +97,7 @@ def insert_exits(
     if EXIT_INDEX in names:
         reason = f"the model has an output {EXIT_INDEX!r} already"
         raise UsageError(reason, "insert exits once, and rename an output of that name")
-    tau = edit.constant("tau", torch.full((len(scores),), NEVER))
+    tau = edit.constant(TAU, torch.full((len(scores),), NEVER))
     (outputs,) = output.args
     assert isinstance(outputs, (tuple, list))
     with edit.before(output):
@@ -109,7 +109,8 @@ def insert_exits(
             for name, node in zip(names, outputs, strict=True)
         ]
     batch = program.signature.outputs[names.index(next(iter(answers)))].shape[0]
-    edit.outputs([*chosen, index], [TensorSpec(EXIT_INDEX, "int64", (batch,), EXIT_INDEX)])
+    spec = TensorSpec(EXIT_INDEX, "int64", (batch,), EXIT_INDEX)
+    edit.outputs([*chosen, index], program.signature.extended([spec]))
 
 
 def set_thresholds(program: Program, values: Sequence[float]) -> None:
@@ -123,3 +124,56 @@ def set_thresholds(program: Program, values: Sequence[float]) -> None:
     owner, _, leaf = str(found.tau.target).rpartition(".")
     module = program.module.get_submodule(owner)
     module.register_buffer(leaf, torch.tensor(list(values), dtype=torch.float32), persistent=False)
+
+
+def probe(program: Program, output: str) -> Program:
+    """Return a program of the scores [B] of all exits, then of all answers to one output.
+
+    It computes what the program does, by the same operators, and never leaves early: the answers
+    are those of the exits in order, and that of the end.
+    """
+    fork = program.fork()
+    found = fork.get(find_exits)
+    assert found is not None, "a program with exits"
+    spec = next(spec for spec in fork.signature.outputs if spec.name == output)
+    count = len(found.exits)
+    names = [*(f"score{n}" for n in range(count)), *(f"answer{n}" for n in range(count + 1))]
+    nodes = [exit_.score for exit_ in found.exits]
+    nodes += [*(exit_.answers[output] for exit_ in found.exits), found.ends[output]]
+    specs = [TensorSpec(name, "float32", spec.shape[:1], name) for name in names[:count]]
+    specs += [replace(spec, name=name, port=name) for name in names[count:]]
+    edit = Edit(fork, "probe")
+    edit.outputs(
+        nodes,
+        Signature(fork.signature.inputs, tuple(specs), {"tuple": list(range(len(specs)))}),
+    )
+    edit.close()
+    fork.compile()
+    return fork
+
+
+def without_exits(program: Program) -> Program:
+    """Return a fork whose rows all go to the end; the program itself where it has no exits."""
+    found = program.get(find_exits)
+    if found is None:
+        return program
+    fork = program.fork()
+    set_thresholds(fork, [NEVER] * len(found.exits))
+    fork.compile()
+    return fork
+
+
+def with_thresholds(program: Program) -> Signature:
+    """Return the signature of a program's engine: with exits, TAU is an input that may be left out.
+
+    Raises UsageError where the model has an input of that name.
+    """
+    signature, found = program.signature, program.get(find_exits)
+    if found is None:
+        return signature
+    if any(spec.name == TAU for spec in signature.inputs):
+        reason = f"the model has an input {TAU!r}, which is the name of the thresholds"
+        raise UsageError(reason, "rename the argument of the model's forward")
+    held = found.thresholds(program)
+    spec = TensorSpec(TAU, "float32", tuple(held.shape), TAU, tuple(held.tolist()))
+    return replace(signature, inputs=(*signature.inputs, spec))

@@ -149,6 +149,10 @@ def _exits(found: "Explanation") -> Iterator[Entry]:
         path = starred([row.place.path or row.place.node for row in rows])
         work = (f"{_span(shares)} of the work is done by then",) if shares else ()
         yield _blocks(rows), (f"{path} ({operator})", *work)
+    if early := [row.block for row in found.exits[:-1]]:
+        thirds = sorted({early[len(early) // 3], early[2 * len(early) // 3]})
+        cuts = ",".join(map(str, thirds))
+        yield "in a recipe", (f"exit-early{{cuts=[{cuts}]}}, or cuts=N to spread N of them",)
     if found.calls and not found.exits:
         yield "none", ("several values are needed behind every block",)
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from effopt.errors import UsageError, VerificationError, unknown
 
 Call = Callable[[], object]
+Variant = Call | Sequence[Call]
+"""One call; or several that take turns, such as one for each input, where times differ by input."""
 
 _WARMUP_SECONDS = 0.2
 _LEAST_WARMUP = 2
@@ -35,8 +37,9 @@ class Timing:
     """The time of one call, in milliseconds over all rounds.
 
     `low_ms` and `high_ms` are the quartiles. `speedup` is the median over the rounds of
-    (baseline's median / own median) in the same round; `speedup_low` and `speedup_high` are its
-    interval as of `median_interval`. The baseline has no speed-up and names no baseline.
+    (baseline's median / own median) in the same round, of means where calls differ by input;
+    `speedup_low` and `speedup_high` are its interval as of `median_interval`. The baseline has no
+    speed-up and names no baseline. `mean_ms` and `p95_ms` are of calls that differ by input.
     """
 
     median_ms: float
@@ -50,6 +53,8 @@ class Timing:
     speedup_low: float | None = None
     speedup_high: float | None = None
     baseline: str = ""
+    mean_ms: float | None = None
+    p95_ms: float | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return all fields by name."""
@@ -57,7 +62,7 @@ class Timing:
 
 
 def compare(
-    variants: Mapping[str, Call],
+    variants: Mapping[str, Variant],
     *,
     baseline: str | None = None,
     rounds: int = 9,
@@ -65,7 +70,8 @@ def compare(
 ) -> dict[str, Timing]:
     """Time several variants against each other on a machine that may be busy with other work.
 
-    Every variant is warmed up; then each round calls each variant some times in a row, and the
+    Every variant is warmed up; then each round calls each variant some times in a row (of several
+    calls all, one after the other, as many in each variant), and the
     order turns from round to round, so that slow drift (clock, heat, load) falls on all alike and
     the ratios *within* a round stay true. `baseline` is the first variant unless named. `budget`
     bounds the whole in seconds: calls in a round are cut first, then rounds, to three at the
@@ -78,7 +84,11 @@ def compare(
     if base not in variants:
         raise unknown("baseline", base, variants)
     start = time.perf_counter()
-    warm = {name: _warm_up(call, budget / (4 * len(variants))) for name, call in variants.items()}
+    turns = {name: _turns(variant) for name, variant in variants.items()}
+    several = max(map(len, turns.values())) > 1
+    if several and len(set(map(len, turns.values()))) > 1:
+        raise UsageError("variants have different numbers of calls", "give each the same inputs")
+    warm = {name: _warm_up(calls, budget / (4 * len(variants))) for name, calls in turns.items()}
     share = (budget - (time.perf_counter() - start)) / (rounds * len(variants))
     calls = {n: max(1, min(_MOST_CALLS, int(share / max(s, 1e-7)))) for n, (_, s) in warm.items()}
     samples: dict[str, list[list[float]]] = {name: [] for name in variants}
@@ -88,11 +98,18 @@ def compare(
                 break
             for name in _turned(list(variants), turn):
                 time.sleep(_SETTLE_SECONDS)
-                samples[name].append(_sample(variants[name], calls[name]))
+                samples[name].append(_sample(turns[name], calls[name]))
+    middle = statistics.fmean if several else statistics.median
     return {
-        name: _timing(samples[name], warm[name][0], base if name != base else "", samples[base])
+        name: _timing(
+            samples[name], warm[name][0], base if name != base else "", samples[base], middle
+        )
         for name in variants
     }
+
+
+def _turns(variant: Variant) -> Sequence[Call]:
+    return variant if isinstance(variant, Sequence) else (variant,)
 
 
 def _turned(names: list[str], turn: int) -> Iterator[str]:
@@ -101,20 +118,22 @@ def _turned(names: list[str], turn: int) -> Iterator[str]:
     )
 
 
-def _warm_up(call: Call, most: float) -> tuple[int, float]:
+def _warm_up(calls: Sequence[Call], most: float) -> tuple[int, float]:
     """Call until it has had time to settle; return how many calls, and the seconds of the best."""
-    start, times = time.perf_counter(), list[float]()
+    start, sums, count = time.perf_counter(), list[float](), 0
     while True:
-        times += _sample(call, 1)
+        times = _sample(calls, 1)
+        sums.append(sum(times))
+        count += len(times)
         spent = time.perf_counter() - start
-        if len(times) >= _LEAST_WARMUP and spent >= min(_WARMUP_SECONDS, most):
-            return len(times), min(times)
+        if len(sums) >= _LEAST_WARMUP and spent >= min(_WARMUP_SECONDS, most):
+            return count, min(sums)
 
 
-def _sample(call: Call, count: int) -> list[float]:
-    """Return the seconds of each of `count` calls."""
+def _sample(calls: Sequence[Call], count: int) -> list[float]:
+    """Return the seconds of each call, of `count` turns."""
     times = []
-    for _ in range(count):
+    for call in (call for _ in range(count) for call in calls):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -134,17 +153,29 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _timing(own: list[list[float]], warmup: int, baseline: str, base: list[list[float]]) -> Timing:
+def _timing(
+    own: list[list[float]],
+    warmup: int,
+    baseline: str,
+    base: list[list[float]],
+    middle: Callable[[Sequence[float]], float],
+) -> Timing:
     calls = 1e3 * np.concatenate([np.asarray(part) for part in own])
     low, median, high, p90, p99 = (float(q) for q in np.percentile(calls, (25, 50, 75, 90, 99)))
     plain = Timing(median, p90, p99, low, high, len(calls), warmup)
+    if middle is statistics.fmean:
+        plain = replace(plain, mean_ms=float(calls.mean()), p95_ms=float(np.percentile(calls, 95)))
     if not baseline:
         return plain
-    pairs = zip(base, own, strict=True)
-    ratios = [statistics.median(b) / max(statistics.median(o), 1e-12) for b, o in pairs]
+    ratios = [middle(b) / max(middle(o), 1e-12) for b, o in zip(base, own, strict=True)]
     least, most = median_interval(ratios)
-    middle = statistics.median(ratios)
-    return Timing(median, p90, p99, low, high, len(calls), warmup, middle, least, most, baseline)
+    return replace(
+        plain,
+        speedup=statistics.median(ratios),
+        speedup_low=least,
+        speedup_high=most,
+        baseline=baseline,
+    )
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -159,7 +159,7 @@ def _measured(report: Report, original: Program, program: Program, clock: Clock)
     """Add what both programs compute and cost."""
     with clock.stage("quality"):
         before = named(original, original.run(original.samples))
-        after = named(original, program.run(original.samples))
+        after = named(program, program.run(original.samples))
         give_back()
     return refresh(
         report,

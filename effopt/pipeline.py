@@ -5,7 +5,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Protocol,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.program import Program
@@ -39,6 +47,21 @@ class Pass(Protocol):
 
     def run(self, program: Program) -> Outcome:
         """Rewrite the program through Edit."""
+        ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A pass that has a last word: when all steps have run, on the program as it will be built."""
+
+    name: ClassVar[str]
+
+    def finish(self, program: Program, original: Program, record: StepRecord) -> Outcome:
+        """Set what depends on all passes; the graph stays as it is.
+
+        `original` is the program as captured, `record` what the pass did when it ran.
+        Raises PreconditionError where it cannot keep what the pass stands for.
+        """
         ...
 
 
@@ -133,14 +156,33 @@ class Pipeline:
         self, program: Program, progress: Progress | None = None
     ) -> tuple[Program, tuple[StepRecord, ...]]:
         """Run all steps; a refused step that is not optional raises its PreconditionError."""
-        records, forks = [], Forks()
+        records, forks, first = list[StepRecord](), Forks(), program
         for step in self.steps:
             if progress:
                 progress(step.run.name)
             program, record = _run_step(step, program, forks)
             records.append(record)
         program.compile()
+        for step, record in zip(self.steps, tuple(records), strict=True):
+            if isinstance(step.run, Closing) and record.changed:
+                if progress:
+                    progress(f"{step.run.name}: last word")
+                records.append(_finish(step.run, program, first, record))
         return program, tuple(records)
+
+
+def _finish(step: Closing, program: Program, original: Program, record: StepRecord) -> StepRecord:
+    start, nodes = time.perf_counter(), _nodes(program)
+    outcome = step.finish(program, original, record)
+    return StepRecord(
+        spec=f"{step.name} (finish)",
+        changed=outcome.changed,
+        notes=outcome.notes,
+        nodes_before=nodes,
+        nodes_after=nodes,
+        seconds=time.perf_counter() - start,
+        facts=dict(outcome.facts),
+    )
 
 
 def _run_step(step: Step, program: Program, forks: "Forks") -> tuple[Program, StepRecord]:
@@ -190,6 +232,10 @@ def _on_fork(step: Pass, program: Program, forks: "Forks") -> tuple[Outcome, Pro
     if not outcome.changed:
         forks.spare = fork
         return outcome, program
+    if program.promise is not None:
+        reason = "its exits are calibrated, and the promise holds for the graph as it is"
+        remedy = "put this pass and exit-early in one recipe: calibration comes last by itself"
+        raise PreconditionError("model", reason, remedy)
     fork.history = (*program.history, spec_of(step))
     verify(fork, step.name)
     return outcome, fork

@@ -17,6 +17,7 @@ from effopt.signature import Signature
 
 if TYPE_CHECKING:
     from effopt.calibration import Calibration
+    from effopt.promise import Promise
     from effopt.target import Target
 
 Slots = tuple[int | None, ...]
@@ -41,7 +42,8 @@ class Program:
     `constants` the name and value of each leaf of the inputs that is no tensor, by its place;
     `inferred` keeps values by what they follow from, for all forks (see `effopt.infer`), and
     `calibration` is the user's data, for all forks, where some were given; `target` the machine
-    that the program is optimised for, where that is known.
+    that the program is optimised for, where that is known; `promise` what was promised of the
+    exits of this very graph, where they were calibrated.
     """
 
     module: GraphModule
@@ -57,6 +59,7 @@ class Program:
     inferred: dict[Any, Any] = field(default_factory=dict, repr=False)
     calibration: "Calibration | None" = field(default=None, repr=False)
     target: "Target | None" = None
+    promise: "Promise | None" = field(default=None, repr=False)
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

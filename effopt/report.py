@@ -64,7 +64,8 @@ class Latency:
     """The time of one call of one variant at one batch size.
 
     Milliseconds; `low_ms` and `high_ms` hold the middle half of the calls. `speedup` is over the
-    variant named `baseline`, with its 95 % interval; the baseline itself has none.
+    variant named `baseline`, with its 95 % interval; the baseline itself has none. `mean_ms` and
+    `p95_ms` are there where calls differ by input, as with early exits; the speed-up is of means.
     """
 
     variant: str
@@ -81,6 +82,8 @@ class Latency:
     speedup_low: float | None = None
     speedup_high: float | None = None
     baseline: str = ""
+    mean_ms: float | None = None
+    p95_ms: float | None = None
 
     @staticmethod
     def of(variant: str, batch: int, threads: int, timing: "Timing") -> "Latency":

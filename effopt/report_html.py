@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING
 from effopt.markup import Markup, island, join, tag
 from effopt.plain import bytes_text, change_text, count_text, figure, time_text
 from effopt.report import Latency, Quality, StepRecord
+from effopt.report_exits_html import exit_tables
 from effopt.report_layers_html import layer_tables
 from effopt.report_parts import section, table, wide
 from effopt.report_style import STYLE
 from effopt.report_svg import Site, latency_picture, stages_picture, tokens_picture
-from effopt.report_text import bounds_text, latency_caption, speedup_text, step_words
+from effopt.report_text import (
+    bounds_text,
+    has_means,
+    latency_caption,
+    speedup_text,
+    step_words,
+    time_or_none,
+)
 
 if TYPE_CHECKING:
     from effopt.report import Report
@@ -34,6 +42,7 @@ def render(report: "Report") -> str:
         _quality(report.quality),
         _steps(report.steps),
         _tokens(report.steps),
+        exit_tables(report.steps),
         layer_tables(report.steps),
         _stages(report),
         _files(report),
@@ -69,8 +78,8 @@ def _tile(name: str, value: str, detail: str) -> Markup:
 
 
 def _gain_tile(rows: Sequence[Latency]) -> Iterable[Markup]:
-    """Show the first speed-up: reports list batch sizes from the smallest on."""
-    for row in [row for row in rows if row.speedup is not None][:1]:
+    """Show the last speed-up of the first batch size: what was made comes last, as it is used."""
+    for row in [row for row in rows if row.speedup is not None and row.batch == rows[0].batch][-1:]:
         interval = f"{figure(row.speedup_low)} to {figure(row.speedup_high)}"
         value = f"{figure(row.speedup)}×"  # noqa: RUF001
         yield _tile("Speed-up", value, f"{interval}, batch {row.batch}, over {row.baseline}")
@@ -103,23 +112,28 @@ def _messages(report: "Report") -> Markup:
 def _latency(rows: Sequence[Latency]) -> Markup:
     if not rows:
         return Markup()
-    columns = ("Variant", "Batch", "Median ms", "Middle half", "p90", "p99", "Calls", "Speed-up")
+    differ = has_means(rows)
+    mean, tail = (("Mean ms",), ("p95",)) if differ else ((), ())
+    times = (*mean, "Median ms", "Middle half", "p90", *tail, "p99")
+    columns = ("Variant", "Batch", *times, "Calls", "Speed-up")
     cells = (
         (
             row.variant,
             str(row.batch),
+            *([time_or_none(row.mean_ms)] if differ else []),
             time_text(row.median_ms),
             f"{time_text(row.low_ms)} to {time_text(row.high_ms)}",
             time_text(row.p90_ms),
+            *([time_or_none(row.p95_ms)] if differ else []),
             time_text(row.p99_ms),
             str(row.repeats),
             speedup_text(row, " to "),
         )
         for row in rows
     )
-    caption = tag(
-        "p", f"{latency_caption(rows)}. Whiskers: middle half of the calls.", class_="soft small"
-    )
+    bars = "Bars: means; whiskers" if differ else "Whiskers"
+    words = f"{latency_caption(rows)}. {bars}: middle half of the calls."
+    caption = tag("p", words, class_="soft small")
     return section("Latency", wide(latency_picture(rows)), table(columns, cells), caption)
 
 

@@ -28,7 +28,8 @@ margin:22px 0 12px}
 .note{border:1px solid var(--line);color:var(--soft)}
 section{padding:18px 20px;margin:14px 0}
 .wide{overflow-x:auto}
-.wide+.wide,.wide+p,p+.wide{margin-top:14px}
+.wide+.wide,.wide+p,p+.wide,.said{margin-top:14px}
+.said+.wide{margin-top:20px}
 .picture{display:block;width:100%;min-width:560px;height:auto}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th{font-size:12.5px;font-weight:550;color:var(--soft);white-space:nowrap}
@@ -50,6 +51,9 @@ text{font-family:inherit;fill:var(--ink);font-size:13px;font-variant-numeric:tab
 .group{font-weight:600}.gain{font-weight:650;fill:var(--accent)}
 .value,.tick{fill:var(--soft)}.tick{font-size:12px}.inside{fill:var(--inside);font-size:12px}
 .bar{fill:var(--accent)}.bar.base{fill:var(--base)}
+.curve{fill:none;stroke:var(--accent);stroke-width:2}.curve.base{stroke:var(--soft)}
+.key.base.line{background:var(--soft)}
+.dot{fill:var(--accent)}.limit{stroke:var(--warn);stroke-width:1.4;stroke-dasharray:6 4}
 .whisker{stroke:var(--ink);stroke-width:1.4}.grid{stroke:var(--line);stroke-width:1}
 footer{max-width:960px;margin:0 auto;padding:8px 20px 36px;color:var(--soft);font-size:13px}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}}

@@ -20,6 +20,7 @@ from effopt.plain import (
     time_text,
 )
 from effopt.report import Latency, Quality, StepRecord
+from effopt.report_exits import COLUMNS, ExitReport, read_exits, share_text
 from effopt.report_layers import CAPTION, Layers, error_text, read_layers, some, worst_error
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def _parts(report: "Report") -> Iterable[RenderableType]:
         if made.row_count:
             yield made
             yield Text("")
+    for found in read_exits(report.steps):
+        yield from (_exits(found), _exit_words(found), Text(""))
     yield from (Text(f"note: {clean(note)}") for note in report.notes)
     yield Text("")
     yield Text(_footer(report), style="dim")
@@ -115,23 +118,43 @@ def _summary(report: "Report") -> Iterable[str]:
 
 
 def _latency(rows: Sequence[Latency]) -> Table:
-    cells = (
-        (
-            row.variant,
-            str(row.batch),
-            time_text(row.median_ms),
-            f"{time_text(row.low_ms)}..{time_text(row.high_ms)}",
-            time_text(row.p90_ms),
-            time_text(row.p99_ms),
-            speedup_text(row),
-        )
-        for row in rows
-    )
-    head = ("variant", "batch", "median", "middle half", "p90", "p99", "speed-up")
+    """Make the table of times; where calls differ by input, of their mean and their tail."""
+    times = _differing if has_means(rows) else _steady
+    cells = ((row.variant, str(row.batch), *times(row).values(), speedup_text(row)) for row in rows)
+    head = ("variant", "batch", *(times(rows[0]) if rows else ()), "speed-up")
     made = table("Latency, ms a call", head, cells, wrap=head[-1:])
     made.caption = Text(latency_caption(rows))
     made.caption_justify = "left"
     return made
+
+
+def _steady(row: Latency) -> dict[str, str]:
+    return {
+        "median": time_text(row.median_ms),
+        "middle half": f"{time_text(row.low_ms)}..{time_text(row.high_ms)}",
+        "p90": time_text(row.p90_ms),
+        "p99": time_text(row.p99_ms),
+    }
+
+
+def _differing(row: Latency) -> dict[str, str]:
+    """Leave out the middle half, for which there is no room; the page has it."""
+    return {
+        "mean": time_or_none(row.mean_ms),
+        "median": time_text(row.median_ms),
+        "p95": time_or_none(row.p95_ms),
+        "p99": time_text(row.p99_ms),
+    }
+
+
+def has_means(rows: Sequence[Latency]) -> bool:
+    """Tell whether calls differed by input, so that the mean says what one costs."""
+    return any(row.mean_ms is not None for row in rows)
+
+
+def time_or_none(milliseconds: float | None) -> str:
+    """Write milliseconds; "-" where there are none."""
+    return "-" if milliseconds is None else time_text(milliseconds)
 
 
 def speedup_text(row: Latency, between: str = "..") -> str:
@@ -150,7 +173,8 @@ def latency_caption(rows: Sequence[Latency]) -> str:
     calls = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
     threads = ", ".join(str(count) for count in sorted({row.threads for row in rows}))
     bases = sorted({clean(row.baseline) for row in rows if row.baseline})
-    over = f"; speed-up over {', '.join(bases)}, median of rounds, 95 % interval" if bases else ""
+    what = "speed-up of means" if has_means(rows) else "speed-up"
+    over = f"; {what} over {', '.join(bases)}, median of rounds, 95 % interval" if bases else ""
     return f"{calls} calls each, interleaved, {threads} thread(s){over}"
 
 
@@ -223,6 +247,28 @@ def _worst(layers: Layers) -> Table:
     made = table("Largest errors", ("layer", "size", "measured on", "error"), cells, left=3)
     made.caption = Text(CAPTION)
     made.caption_justify = "left"
+    return made
+
+
+def _exits(found: ExitReport) -> Table:
+    cells = (
+        (
+            row.name,
+            shorten(clean(row.path), _PATH) or "-",
+            row.threshold_text,
+            share_text(row.leaves),
+            share_text(row.share),
+        )
+        for row in found.rows
+    )
+    return table(f"Exits of {clean(found.spec)}", COLUMNS, cells, left=2)
+
+
+def _exit_words(found: ExitReport) -> Table:
+    """Write names and sentences side by side, so that a long sentence stays in its column."""
+    made = Table.grid(padding=(0, 2))
+    for name, words in found.words():
+        made.add_row(Text(f"{name}:"), Text(clean(words)))
     return made
 
 

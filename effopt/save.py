@@ -6,16 +6,21 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from effopt import folder as folders
 from effopt.apart import check_folder, time_folders
 from effopt.backend import Artifact, Backend, as_array, backend
 from effopt.engine import Engine, check
-from effopt.errors import VerificationError
+from effopt.errors import PreconditionError, VerificationError
+from effopt.exits import with_thresholds, without_exits
+from effopt.fingerprint import fingerprint
 from effopt.optimizer import Clock, Optimized, named, refresh
 from effopt.program import Program
 from effopt.reference import write_reference
 from effopt.report import Latency, Report
+from effopt.signature import EXIT_INDEX
+from effopt.stored import stored_samples
 from effopt.target import Target
 
 BASELINE = "exact export"
@@ -79,10 +84,12 @@ def _build(
 ) -> Artifact:
     """Write the model and the inputs and outputs to check it by."""
     artifact = vendor.build(program, target, folder)
-    specs = program.signature.inputs
-    inputs = {s.name: as_array(t) for s, t in zip(specs, original.samples, strict=True)}
-    outputs = (named(p, p.run(original.samples)) for p in (original, program))
-    write_reference(folder, inputs, *outputs)
+    specs, samples = program.signature.inputs, stored_samples(program, original)
+    inputs = {s.name: as_array(t) for s, t in zip(specs, samples, strict=True)}
+    before, after = (named(p, p.run(samples)) for p in (original, without_exits(program)))
+    if EXIT_INDEX in after:
+        before[EXIT_INDEX] = after[EXIT_INDEX]  # the model as it was given goes to its end, too
+    write_reference(folder, inputs, before, after)
     return artifact
 
 
@@ -95,15 +102,27 @@ def _manifest(
         effopt=report.version,
         target=target.name,
         backend=target.backend,
-        signature=program.signature.with_ports(artifact.ports),
+        signature=with_thresholds(program).with_ports(artifact.ports),
         recipe=report.recipe,
         steps=record["steps"],
         quality={"figures": record["quality"]},
         measured={key: record[key] for key in ("latency", "macs_before", "macs_after", "stages")},
-        facts={**facts, "recipe": optimized.asked},
+        facts={**facts, **_promised(program), "recipe": optimized.asked},
         tools=dict(artifact.facts.get("tools", {})),
         pending=artifact.pending,
     )
+
+
+def _promised(program: Program) -> dict[str, Any]:
+    """Return what the exits of a program promise; PreconditionError where it changed since."""
+    promise = program.promise
+    if promise is None:
+        return {}
+    if promise.graph != fingerprint(program):
+        reason = "the graph was changed after its exits were calibrated, and their promise is void"
+        remedy = "put every pass and exit-early in one recipe: calibration comes last by itself"
+        raise PreconditionError("model", reason, remedy)
+    return {"exits": {"promise": promise.to_json()}}
 
 
 def _check(vendor: Backend, folder: Path, manifest: folders.Manifest, heavy: bool) -> None:

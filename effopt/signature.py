@@ -5,6 +5,7 @@ Free of torch: the compiler writes a signature into the manifest, a running engi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from effopt.errors import UnsafeFileError
@@ -13,31 +14,48 @@ Size = int | str
 """A fixed size, or the name of a dynamic one ("batch", "length")."""
 
 
+EXIT_INDEX = "exit_index"
+"""The output that says at which exit each row has left, from 1."""
+
+TAU = "tau"
+"""The input of an engine that holds the thresholds of its exits."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: `port` is its name in the engine's file where that had to differ."""
+    """One input or output: `port` is its name in the engine's file where that had to differ.
+
+    `default` is what an input of one dimension holds where it is left out, or None.
+    """
 
     name: str
     dtype: str
     shape: tuple[Size, ...]
     port: str
+    default: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain record that the manifest holds."""
-        return {
+        """Return the plain record that the manifest holds; what is infinite is written in words."""
+        record: dict[str, Any] = {
             "name": self.name,
             "dtype": self.dtype,
             "shape": list(self.shape),
             "port": self.port,
         }
+        if self.default is not None:
+            record["default"] = [x if isfinite(x) else str(x) for x in self.default]
+        return record
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "TensorSpec":
         """Read the record back; a wrong type is an UnsafeFileError."""
         try:
             shape = tuple(s if isinstance(s, int) else str(s) for s in record["shape"])
-            return TensorSpec(str(record["name"]), str(record["dtype"]), shape, str(record["port"]))
-        except (KeyError, TypeError) as error:
+            given = record.get("default")
+            default = None if given is None else tuple(float(x) for x in given)
+            name, dtype, port = (str(record[key]) for key in ("name", "dtype", "port"))
+            return TensorSpec(name, dtype, shape, port, default)
+        except (KeyError, TypeError, ValueError) as error:
             raise UnsafeFileError(f"the signature is damaged: {error}") from error
 
 
@@ -52,6 +70,11 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     structure: Any
+
+    @property
+    def needed(self) -> tuple[TensorSpec, ...]:
+        """The inputs without a default."""
+        return tuple(spec for spec in self.inputs if spec.default is None)
 
     def nest(self, leaves: Sequence[Any]) -> Any:
         """Arrange flat outputs as the model does: a dict or a tuple (of one for a bare tensor)."""

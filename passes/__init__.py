@@ -12,6 +12,7 @@ TABLE = {
     "split-constants": "effopt.passes.split_constants:SplitConstants",
     "merge-tokens": "effopt.passes.merge_tokens:MergeTokens",
     "prune-tokens": "effopt.passes.prune_tokens:PruneTokens",
+    "exit-early": "effopt.passes.exit_early:ExitEarly",
     "quantize": "effopt.passes.quantize:Quantize",
 }
 

@@ -10,6 +10,7 @@ from torch.fx import Node
 from effopt.attention import SDPA
 from effopt.axis_rules import argument
 from effopt.axis_table import family
+from effopt.exits import find_exits
 from effopt.program import Program, is_tensor, module_path, shape, value
 
 aten = torch.ops.aten
@@ -55,9 +56,9 @@ def layers_of(program: Program, least: int, heads: bool) -> tuple[list[Layer], d
 
     `least` is the smallest number of inputs and outputs; `heads` takes the last layers too, whose
     outputs no other layer or attention call reads, unless they are added to what they come from:
-    that is the end of a block.
+    that is the end of a block. What serves exits alone is a head too.
     """
-    inner = set() if heads else _inner(program)
+    inner, exits = (set(), set()) if heads else (_inner(program), _of_exits(program))
     found, left = list[Layer](), dict[str, str]()
     nodes = [node for node in program.nodes() if node.target is LINEAR]
     modules = Counter(map(module_path, nodes))
@@ -65,7 +66,7 @@ def layers_of(program: Program, least: int, heads: bool) -> tuple[list[Layer], d
         path = module_path(node)
         named = f"{path} ({node.name})" if path else node.name
         layer = Layer.of(node, path if path and modules[path] == 1 else named)
-        if reason := _why_not(layer, least, heads, inner):
+        if reason := _why_not(layer, least, heads, inner) or (HEAD if node in exits else ""):
             left[layer.path] = reason
         else:
             found.append(layer)
@@ -85,6 +86,8 @@ def _other_products(program: Program, least: int) -> dict[str, str]:
             found[named] = f"{node.target} is no linear layer"
     return found
 
+
+HEAD = "it is the head of an exit"
 
 PRODUCTS = ("linear", "matmul", "einsum", "convolution", "transposed", "")
 """Families of products with weights; "" are operators that no table knows, such as of experts."""
@@ -137,6 +140,19 @@ def _inner(program: Program) -> set[Node]:
         if node.target in (LINEAR, SDPA) or node in found:
             found.update(_read(node))
     return found
+
+
+def _of_exits(program: Program) -> set[Node]:
+    """Return the linear layers that only exits need; not those that the model has as well."""
+    exits = program.get(find_exits)
+    if exits is None:
+        return set()
+    chosen = {exits.index, *exits.index.users}
+    whole = {*program.output().all_input_nodes, *exits.ends.values()} - chosen
+    for node in reversed(list(program.nodes())):
+        whole.update(node.all_input_nodes if node in whole else ())
+    linear = (node for node in program.nodes() if node.target is LINEAR and node not in whole)
+    return {node for node in linear if not whole.intersection(argument(node, "weight").users)}
 
 
 def _read(node: Node) -> Iterator[Node]:

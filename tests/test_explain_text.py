@@ -31,6 +31,7 @@ Attention calls
 Exits: behind these blocks, one value carries everything
   blocks 0-2     blocks.* (add.Tensor)
                  36 %, 68 %, 100 % of the work is done by then
+  in a recipe    exit-early{cuts=[0,1]}, or cuts=N to spread N of them
 
 Groups: layers that share scales of their inputs
   in all         4 by a multiplication, 9 folded

@@ -226,7 +226,7 @@ def test_names_of_outputs_that_have_no_node_of_their_own(tmp_path: Path) -> None
         [d.dim_param or d.dim_value for d in p.type.tensor_type.shape.dim] for p in graph.output
     ]
     assert sizes == [["batch", 6, 8], ["batch", 6, 8], ["batch", 6, 8], [8], ["batch", 8]]
-    assert write(program, tmp_path) == {"x": "x_out"}
+    assert write(program, tmp_path).ports == {"x": "x_out"}
 
 
 def test_the_program_is_left_as_it_was(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from effopt.backends import onnx_check
 from effopt.backends.onnx_check import MAX_DEPTH, check_file
 from effopt.errors import UnsafeFileError
 from tests.hostile_onnx import FLOAT, add, external, laid_out, model, refused
@@ -136,3 +138,40 @@ def test_flipped_bytes_never_crash_the_check(folder: Path) -> None:
         except UnsafeFileError:
             refusals += 1
     assert 50 < refusals < 400
+
+
+# --- weights beside the file that several tensors share ---------------------------------------
+
+
+def test_equal_tensors_may_lie_on_the_same_bytes(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(_shared(folder, [0, 0, 16]).SerializeToString())
+    check_file(folder / "model.onnx")
+
+
+def test_tensors_that_overlap_are_refused(folder: Path) -> None:
+    assert "tensors overlap at byte 8" in refused(_shared(folder, [0, 8]), folder)
+
+
+def test_many_tensors_on_few_bytes_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime may copy a weight for each tensor that names it, so a small file takes much."""
+    monkeypatch.setattr(onnx_check, "MAX_REPEATED", 32)
+    reason = refused(_shared(folder, [0] * 4), folder)
+    assert "its tensors share 48 bytes, and have 16 of their own" in reason
+    (folder / "model.onnx").write_bytes(_shared(folder, [0] * 3).SerializeToString())
+    check_file(folder / "model.onnx")
+
+
+def _shared(folder: Path, offsets: list[int]) -> onnx.ModelProto:
+    """Return a model that adds four numbers from each offset of one file."""
+    (folder / "weights.bin").write_bytes(bytes(64))
+    nodes, weights = [], []
+    for place, offset in enumerate(offsets):
+        tensor = external(location="weights.bin", offset=offset, length=16)
+        tensor.name = f"w{place}"
+        weights.append(tensor)
+        ends = [f"y{place - 1}" if place else "x", tensor.name], [f"y{place}"]
+        nodes.append(helper.make_node("Add", *ends))
+    nodes.append(helper.make_node("Identity", [f"y{len(offsets) - 1}"], ["y"]))
+    return model(nodes, weights)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effopt.backend import Runner, as_array, backend
 from effopt.backends import onnx_size, quantized, session
-from effopt.backends.fused_check import FUSED, check_fused, check_graph
+from effopt.backends.fused_check import FUSED, check_fused, check_graphs
 from effopt.backends.onnx_check import check_file
 from effopt.backends.packing import pack_pairs
 from effopt.backends.quantized_draft import Draft, Linear
@@ -354,13 +354,13 @@ def test_branches_are_read_too() -> None:
     with pytest.raises(
         VerificationError, match=r"deep in layer\.3: onnxruntime left it as Dequant"
     ):
-        check_graph(graph, {"deep": "deep in layer.3"})
+        check_graphs([graph], {"deep": "deep in layer.3"})
 
 
 def test_linears_that_are_lost_are_named(tmp_path: Path) -> None:
     program = captured(TENSOR)
     backend("onnx").build(program, target("cpu"), tmp_path)
     names = [node.name for node in quantized.linears(program)]
-    check_fused(tmp_path / "model.onnx", {name: name for name in names})
+    check_fused([tmp_path / "model.onnx"], {name: name for name in names})
     with pytest.raises(VerificationError, match="other: onnxruntime runs 4 of 5"):
-        check_fused(tmp_path / "model.onnx", {name: name for name in (*names, "other")})
+        check_fused([tmp_path / "model.onnx"], {name: name for name in (*names, "other")})

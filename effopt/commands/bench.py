@@ -103,7 +103,7 @@ def _baseline(
 def _measured(
     engines: dict[str, "Engine"], sizes: tuple[int, ...], seconds: float, progress: Progress
 ) -> "Report":
-    from effopt.bench import agreement, feeds, threads, time_engines
+    from effopt.bench import agreement, threads, time_engines, turns
     from effopt.report import Report
 
     engine, base = list(engines.values())[-1], next(iter(engines.values()))
@@ -111,10 +111,10 @@ def _measured(
     quality: list[Quality] = []
     for batch in sizes:
         progress.stage(f"time batch {batch}")
-        inputs = feeds(engine, batch)
+        inputs = turns(engine, batch)
         latency += time_engines(engines, inputs, batch, seconds)
         if base is not engine:
-            quality += agreement(base, engine, inputs, f"stored inputs, batch {batch}")
+            quality += agreement(base, engine, inputs[0], f"stored inputs, batch {batch}")
     return Report(
         model=engine.folder.name,
         target=str(engine.manifest["target"]),

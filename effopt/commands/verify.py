@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effopt.commands.convert import add_trust
@@ -10,12 +11,16 @@ from effopt.errors import VerificationError
 from effopt.plain import figure
 
 if TYPE_CHECKING:
+    from effopt.backend import Array
     from effopt.engine import Engine, Figure
+    from effopt.exit_verify import ExitCheck, Feeds
+    from effopt.program import Program
 
-SUMMARY = "check an engine folder: hashes, signature, numbers"
+SUMMARY = "check an engine folder: hashes, signature, numbers, the promise of its exits"
 EXAMPLES = """\
   effopt verify out/
   effopt verify out/ --against ./vit-small
+  effopt verify out/ --data new.npz
 """
 
 
@@ -24,6 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="engine folder that effopt has written")
     parser.add_argument(
         "--against", metavar="MODEL", help="run this model, and compare it with the stored outputs"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help=".npz or .safetensors of new rows, an array [samples, ...] an input: judge by them "
+        "whether early exits keep their promise",
     )
     add_trust(parser)
 
@@ -36,8 +48,10 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
     engine = load(arguments.folder)
     progress.stage("check numbers")
     figures = check(engine)
-    against = _against(arguments, engine, progress) if arguments.against else {}
+    original = _original(arguments, engine, progress) if arguments.against else None
+    against = _against(original, engine) if original else {}
     _judge(figures, against)
+    exits = _exits(arguments.data, engine, original, progress) if arguments.data else None
     count = len(engine.manifest["files"])
     document = {
         "folder": arguments.folder,
@@ -45,21 +59,15 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
         "files": count,
         "outputs": [asdict(found) for found in figures],
         "against": against,
+        **({"exits": exits.to_json()} if exits else {}),
     }
-    return Answer(document, f"{count} files are as written\n\n{_text(figures, against)}")
+    text = f"{count} files are as written\n\n{_text(figures, against)}"
+    return Answer(document, f"{text}\n{exits.text()}" if exits else text)
 
 
-def _against(
-    arguments: argparse.Namespace, engine: "Engine", progress: Progress
-) -> dict[str, float]:
-    """Run the model in eager torch on the stored inputs; compare with its stored outputs.
-
-    Returns the largest difference of each output, relative to the largest stored value.
-    """
-    import torch
-
+def _original(arguments: argparse.Namespace, engine: "Engine", progress: Progress) -> "Program":
+    """Load the model that the folder was made of."""
     from effopt.capture import DYNAMIC, capture
-    from effopt.engine import relative_difference
     from effopt.models import load_model
 
     progress.stage("load model")
@@ -67,20 +75,57 @@ def _against(
     progress.stage("run model")
     sizes = {size for spec in engine.signature.inputs for size in spec.shape}
     program = capture(model, inputs, dynamic=[name for name in DYNAMIC if name in sizes])
-    stored, signature = engine.reference, program.signature
-    if [spec.name for spec in signature.inputs] != [s.name for s in engine.signature.inputs]:
+    names = [spec.name for spec in program.signature.inputs]
+    if names != [spec.name for spec in engine.signature.needed]:
         raise VerificationError(
             f"{arguments.against} takes other inputs than {arguments.folder}",
             "name the model that the folder was made of",
         )
-    flat = tuple(torch.tensor(stored[f"input.{spec.name}"]) for spec in signature.inputs)
-    outputs = program.run(flat)
-    names = [spec.name for spec in signature.outputs]
+    return program
+
+
+def _outputs(program: "Program", inputs: "Feeds") -> "dict[str, Array]":
+    """Run the model in eager torch on inputs by name."""
+    import torch
+
+    from effopt.backend import as_array
+
+    flat = tuple(torch.tensor(inputs[spec.name]) for spec in program.signature.inputs)
+    outputs = (x.float() if x.dtype == torch.bfloat16 else x for x in program.run(flat))
+    names = [spec.name for spec in program.signature.outputs]
+    return {name: as_array(output) for name, output in zip(names, outputs, strict=True)}
+
+
+def _against(program: "Program", engine: "Engine") -> dict[str, float]:
+    """Run the model on the stored inputs; compare with its stored outputs.
+
+    Returns the largest difference of each output, relative to the largest stored value.
+    """
+    from effopt.engine import relative_difference
+
+    stored = engine.reference
+    inputs = {spec.name: stored[f"input.{spec.name}"] for spec in engine.signature.needed}
     return {
-        name: relative_difference(output.numpy(), stored[f"original.{name}"])
-        for name, output in zip(names, outputs, strict=True)
+        name: relative_difference(output, stored[f"original.{name}"])
+        for name, output in _outputs(program, inputs).items()
         if f"original.{name}" in stored
     }
+
+
+def _exits(
+    data: Path, engine: "Engine", original: "Program | None", progress: Progress
+) -> "ExitCheck":
+    """Judge the promise of the exits by new data; VerificationError where it is contradicted."""
+    from functools import partial
+
+    from effopt.exit_verify import verify_exits
+
+    progress.stage("check exits")
+    found = verify_exits(engine, data, partial(_outputs, original) if original else None)
+    if found.contradicted:
+        remedy = "calibrate again, on data like these"
+        raise VerificationError(found.why(), remedy)
+    return found
 
 
 def _judge(figures: "list[Figure]", against: dict[str, float]) -> None:

@@ -1,0 +1,205 @@
+"""Calibrating exits: thresholds that keep a promise, found on the engine as it will be built.
+
+Rules and their sources are in `effopt.risk`. Rows that have fitted heads choose the grid of
+thresholds too; the others alone are counted.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from effopt.backend import Array, as_array, backend
+from effopt.errors import PreconditionError, UsageError
+from effopt.exit_losses import any_exit_losses, exits_taken, grid
+from effopt.exits import probe, set_thresholds
+from effopt.fingerprint import fingerprint
+from effopt.passes.exit_rows import Order, fit_rows, with_batches
+from effopt.program import Program
+from effopt.promise import LOSSES, Promise
+from effopt.risk import choose, curve, require_samples
+from effopt.risk_rules import RULES
+from effopt.segments import costs
+
+GUARD = 1e-4
+"""What is added to a threshold, of its size: a batch of another size gives other last digits."""
+
+STEPS = 200
+"""Thresholds that are tried."""
+
+Run = Callable[[tuple[Tensor, ...]], list[Array]]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user wants of exits; see the options of exit-early.
+
+    `output` is the one that is judged, and `position` its dimension of tokens where the last of
+    them counts alone.
+    """
+
+    rule: str
+    epsilon: float
+    delta: float
+    loss: str
+    reference: str
+    unit: str
+    share: float
+    output: str
+    position: int | None
+
+    @property
+    def level(self) -> float | None:
+        """Return delta, or None for a rule that has none."""
+        return self.delta if RULES[self.rule].test else None
+
+
+def calibrate(program: Program, original: Program, wish: Wish, order: str) -> Promise:
+    """Set the thresholds of a program with exits, and return what holds with them.
+
+    The program is lowered for its target and run on the calibration data, without leaving early.
+    `order` is the hash of that data as heads were fitted on it. Raises PreconditionError where the
+    data came otherwise now, where there are too few samples, or where no threshold can keep the
+    promise, as with the original as its reference and an engine that differs more by itself.
+    """
+    data = program.calibration
+    assert data is not None, "exit-early refuses without calibration"
+    marks = fit_rows(data.samples, wish.share)
+    with tempfile.TemporaryDirectory(prefix="effopt-") as scratch:
+        run, engine = _engine(probe(program, wish.output), Path(scratch))
+        seen = _observe(program, original, wish, run, marks)
+    if seen.order != order:
+        reason = "the calibration data is not, or not in the order, that heads were fitted on"
+        remedy = "do not shuffle it: a sample that fits a head must not calibrate a threshold"
+        raise PreconditionError("model", reason, remedy)
+    try:
+        require_samples(len(seen.scores), wish.rule, wish.epsilon, wish.level)
+        path = grid(seen.fitted, STEPS)
+        table = any_exit_losses(seen.scores, seen.losses, path, seen.base)
+        rule = _rule(wish, table)
+        choice = choose(table, rule, wish.epsilon, wish.level)
+        tau = _guarded(path[choice.index])
+        found = curve(table, rule, wish.level)
+    except UsageError as error:
+        raise PreconditionError("model", error.reason, error.remedy) from error
+    set_thresholds(program, tau.tolist())
+    taken = exits_taken(seen.rows, tau)
+    made = np.bincount(taken, minlength=len(tau) + 2)[1:] / len(taken)
+    return Promise(
+        rule=choice.rule,
+        epsilon=wish.epsilon,
+        delta=wish.level,
+        loss=wish.loss,
+        reference=wish.reference,
+        unit=wish.unit,
+        output=wish.output,
+        position=wish.position,
+        samples=choice.samples,
+        fitted=int(marks.sum()),
+        rows=seen.order,
+        engine=engine,
+        graph=fingerprint(program),
+        tau=tuple(tau.tolist()),
+        index=choice.index,
+        risk=float(table[:, choice.index].mean()),
+        shares=tuple(made.tolist()),
+        cost=float(np.dot(made, costs(program))),
+        grid=tuple(tuple(row) for row in path.tolist()),
+        risks=found.risk,
+        bounds=found.upper,
+    )
+
+
+def said(promise: Promise) -> tuple[str, ...]:
+    """Say what came out, for people."""
+    if not promise.exits:
+        return (f"no row may leave: no threshold keeps {promise.words()}",)
+    early = 1 - promise.shares[-1]
+    gains = f"{early:.1%} of samples leave early; a sample costs {promise.cost:.2f} of the model"
+    return (promise.words(), gains)
+
+
+def _rule(wish: Wish, table: Array) -> str:
+    """Name the rule for the losses that there can be, not for those that happen to be there."""
+    whole = wish.loss == "disagree" and (wish.unit == "token" or bool(np.isin(table, (0, 1)).all()))
+    return wish.rule if whole else RULES[wish.rule].fractional or wish.rule
+
+
+def _guarded(limits: Array) -> Array:
+    """Raise thresholds a little, which lets fewer rows leave."""
+    raised = limits + GUARD * np.maximum(np.abs(limits), 1e-2)
+    return np.where(np.isinf(limits), limits, raised).astype(np.float32)
+
+
+# --- observing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Scores [n, E] of units, their losses [n, E], and `base` [n] of the end, by the reference.
+
+    `rows` [r, E] are the scores of samples, each once; `fitted` those of the samples that fit.
+    `order` is the hash of all samples as they came.
+    """
+
+    scores: Array
+    losses: Array
+    base: Array
+    rows: Array
+    fitted: Array
+    order: str
+
+
+def _observe(program: Program, original: Program, wish: Wish, run: Run, marks: Tensor) -> _Seen:
+    assert program.calibration is not None
+    order = Order()
+    scores, losses, base, rows, fitted = (list[Array]() for _ in range(5))
+    for batch, fits in with_batches(program.calibration, marks, order):
+        outputs = run(batch)
+        count = len(outputs) // 2
+        found = np.stack(outputs[:count], axis=1)
+        fit = fits.numpy()
+        fitted.append(found[fit])
+        if fit.all():
+            continue
+        *answers, end = (_judged(answer, wish) for answer in outputs[count:])
+        want = end if wish.reference == "self" else _judged(_original(original, batch, wish), wish)
+        each = np.stack([_units(wish, answer[~fit], want[~fit]) for answer in answers], axis=-1)
+        never = _units(wish, end[~fit], want[~fit])
+        kept = found[~fit]
+        rows.append(kept)
+        scores.append(np.repeat(kept, len(never) // len(kept), axis=0))
+        losses.append(each)
+        base.append(never)
+    parts = (scores, losses, base, rows, fitted)
+    one, two, three, four, five = (np.concatenate(part) for part in parts)
+    return _Seen(one, two, three, four, five, order.digest())
+
+
+def _judged(answer: Array, wish: Wish) -> Array:
+    return answer if wish.position is None else answer.take(-1, axis=wish.position)
+
+
+def _units(wish: Wish, got: Array, want: Array) -> Array:
+    """Return the loss of each unit: of each position, or of each row, which is their mean."""
+    found = LOSSES[wish.loss](got, want).reshape(len(got), -1)
+    return found.reshape(-1) if wish.unit == "token" else found.mean(axis=1)
+
+
+def _original(original: Program, batch: tuple[Tensor, ...], wish: Wish) -> Array:
+    names = [spec.name for spec in original.signature.outputs]
+    return as_array(original.run(batch)[names.index(wish.output)].float())
+
+
+def _engine(program: Program, folder: Path) -> tuple[Run, str]:
+    """Build and open the engine of a program; eager torch where its runtime is not installed."""
+    target = program.target
+    vendor = backend(target.backend) if target else backend("eager")
+    if target is None or not vendor.available().ok:
+        return lambda batch: [as_array(x) for x in program.run(batch)], "eager torch"
+    built = vendor.build(program, target, folder)
+    runner = vendor.load(folder, program.signature.with_ports(built.ports), built.facts)
+    return lambda batch: runner.run([as_array(x) for x in batch]), f"{vendor.name} on {target.name}"
