@@ -54,10 +54,10 @@ class Exits:
 def find_exits(program: Program) -> Exits | None:
     """Return the exits of a program, None where it has none (an Analysis)."""
     operator = kernel("exit_index").op
-    found = [node for node in program.nodes() if node.target is operator]
-    if not found:
+    found = (node for node in program.nodes() if node.target is operator)
+    index = next((node for node in found if _is_constant(node.args[1])), None)
+    if index is None:
         return None
-    index = found[0]
     scores, tau, form = index.args
     answers = _answers(program, index)
     exits = tuple(
@@ -67,6 +67,10 @@ def find_exits(program: Program) -> Exits | None:
     ends = {name: nodes[-1] for name, nodes in answers.items()}
     outputs = tuple(spec.name for spec in program.signature.outputs)
     return Exits(exits, ends, outputs, index, tau, str(form))  # type: ignore[arg-type]
+
+
+def _is_constant(thresholds: object) -> bool:
+    return isinstance(thresholds, Node) and thresholds.op == "get_attr"
 
 
 def _answers(program: Program, index: Node) -> dict[str, list[Node]]:

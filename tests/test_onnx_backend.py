@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.nn import functional as F
 
 from effopt.backend import Runner, as_array, backend
@@ -341,14 +342,15 @@ def test_eager_is_an_oracle_and_builds_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_in_standard_operators(tmp_path: Path, name: str) -> None:
     found = kernel(name)
-    arguments = found.samples()[0]
+    leaves, spec = pytree.tree_flatten(found.samples()[0])  # some take lists of tensors
 
     class Call(nn.Module):
         def forward(self, tensors: list[Tensor]) -> Any:
             given = iter(tensors)
-            return found.op(*(next(given) if isinstance(a, Tensor) else a for a in arguments))
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return found.op(*pytree.tree_unflatten(filled, spec))
 
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     program = capture(Call(), {"tensors": tensors}, dynamic=())
     runner = opened(program, tmp_path, "a100")  # and TensorRT would take it
     same(runner, program, tuple(tensors))
