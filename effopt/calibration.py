@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from effopt.arrays import Stored, open_arrays
+from effopt.class_labels import labels_apart, read_labels, stored_labels
 from effopt.errors import UsageError
 from effopt.inputs import FORMS, read_inputs
 from effopt.program import Program
@@ -30,7 +31,8 @@ class Calibration:
 
     Iterating yields the flat input tensors of each batch, in the order of the signature, checked;
     one batch is held at a time. `name` says where the data come from; `samples` and `batches`
-    were counted when it was made. `stream` yields batches nested as the example inputs.
+    were counted when it was made. `stream` yields batches nested as the example inputs. `labels`
+    [samples] int64 are the classes of the samples, in their order, where they are known.
     """
 
     stream: Iterable[object]
@@ -38,6 +40,7 @@ class Calibration:
     name: str = GIVEN
     samples: int = 0
     batches: int = 0
+    labels: Tensor | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield each batch; UsageError says which one is wrong, in which input, and how."""
@@ -61,29 +64,44 @@ class Calibration:
 
     def describe(self) -> str:
         """Say how many samples there are and where they come from, for a report."""
-        return f"calibration: {self.samples} samples, {self.name}"
+        known = "" if self.labels is None else " with labels"
+        return f"calibration: {self.samples} samples{known}, {self.name}"
 
 
-def read_calibration(given: object, program: Program, *, least: int = 1) -> Calibration:
+def read_calibration(
+    given: object, program: Program, *, least: int = 1, labels: object = None
+) -> Calibration:
     """Read calibration data once from end to end: all of it is checked, and counted.
 
     `given` is the path of a file (see `calibration_file`), or an iterable of batches, each nested
     as the example inputs: a list, a DataLoader, or an iterator, which is kept in an anonymous
     temporary file, as it can be read once only (in TMPDIR; it is gone when the process ends).
     A DataLoader that shuffles gives the same samples in another order each time, which is right,
-    though results then differ by rounding and by which rows are sampled.
-    Raises UsageError for what is no stream, for the first wrong batch, and where there are fewer
-    samples than `least`.
+    though results then differ by rounding and by which rows are sampled. `labels` are the classes
+    of the samples, in the order of the stream: an array or a tensor [samples] of integers.
+    Raises UsageError for what is no stream, for the first wrong batch, where there are fewer
+    samples than `least`, and for labels that do not fit the samples or are in the file already.
     """
     if isinstance(given, (str, os.PathLike)):
-        return calibration_file(given, program, least=least)
+        data = calibration_file(given, program, least=least)
+    else:
+        data = _counted(Calibration(_stream(given), program), least)
+    if labels is None:
+        return data
+    if data.labels is not None:
+        reason = f"labels are given, and the calibration data ({data.name}) holds some already"
+        raise UsageError(reason, "leave one of the two out")
+    return replace(data, labels=torch.from_numpy(read_labels(labels, data.samples)))
+
+
+def _stream(given: object) -> Iterable[object]:
+    """Return batches that can be read again."""
     if isinstance(given, (Tensor, Mapping)) or not isinstance(given, Iterable):
         raise UsageError(
             f"the calibration data is a {type(given).__name__}, not a stream of batches",
             "pass a list of batches, a DataLoader or a file: [batch] for one batch",
         )
-    stream = Spool(given) if isinstance(given, Iterator) else given
-    return _counted(Calibration(stream, program), least)
+    return Spool(given) if isinstance(given, Iterator) else given
 
 
 def _counted(data: Calibration, least: int) -> Calibration:
@@ -191,13 +209,15 @@ def calibration_file(
 
     The file has one array [samples, ...] for each input, by the name in `program.signature`; it
     is cut into batches of `batch` samples (of the model's own size where that is fixed). An input
-    that does not count samples, such as one row of positions, is stored once, as it is. Memory:
-    one batch. Raises UsageError for missing or extra names, another type or shape, counts of
-    samples that differ, and as `read_calibration`; UnsafeFileError as `effopt.arrays`.
+    that does not count samples, such as one row of positions, is stored once, as it is. An array
+    `labels` [samples] of integers beside them, unless that is an input, is the class of each
+    sample. Memory: one batch, and the labels. Raises UsageError for missing or extra names, another
+    type or shape, counts of samples that differ, labels that are no integers, and as
+    `read_calibration`; UnsafeFileError as `effopt.arrays`.
     """
     file = Path(path)
-    arrays = open_arrays(file)
     specs = program.signature.inputs
+    arrays, held = labels_apart(open_arrays(file), [spec.name for spec in specs])
     _check_names([spec.name for spec in specs], arrays, file)
     size, cut = _cutting(program, batch)
     for spec in specs:
@@ -215,7 +235,10 @@ def calibration_file(
             f"give a multiple of {size} samples, or leave the batch dynamic",
         )
     stream = _FileStream(program, {spec.name: arrays[spec.name] for spec in specs}, cut, size)
-    return _counted(Calibration(stream, program, f"from {file.name}"), least)
+    data = _counted(Calibration(stream, program, f"from {file.name}"), least)
+    if held is None:
+        return data
+    return replace(data, labels=torch.from_numpy(stored_labels(held, data.samples)))
 
 
 def _check_names(wanted: list[str], arrays: Mapping[str, Stored], file: Path) -> None:

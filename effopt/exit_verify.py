@@ -1,6 +1,6 @@
 """Whether exits keep their promise on rows that had no part in it. Free of torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from effopt.backend import Array
+from effopt.class_labels import LABELS, check_classes
 from effopt.engine import Engine, bind, has_exits, without_exits
 from effopt.errors import UnsafeFileError, UsageError, VerificationError
-from effopt.exit_facts import read_promise
-from effopt.promise import LOSSES, Promise, losses_of
+from effopt.losses import LOSSES, losses_of
+from effopt.promise import Promise
 from effopt.risk import HeldOut, held_out
 from effopt.samples import Samples, open_samples
-from effopt.signature import EXIT_INDEX, TAU, Signature
+from effopt.signature import EXIT_INDEX, TAU, Signature, Size
 
 LEVEL = 0.05
 """The delta that new rows are judged at where the rule has none."""
@@ -111,8 +112,8 @@ def verify_exits(engine: Engine, path: Path, original: Original | None = None) -
 
     Each batch runs twice: with the engine's thresholds, and to its end, or in `original` where
     that is the reference. Raises UsageError for an engine without exits or a promise, rows that
-    have calibrated, and where `original` is wanted and missing; UnsafeFileError for a damaged
-    promise, VerificationError where thresholds or outputs are not those of the promise.
+    have calibrated, and where `original` or labels are wanted and missing; UnsafeFileError for a
+    damaged promise, VerificationError where thresholds or outputs are not those of the promise.
     """
     promise = promise_of(engine)
     if promise.reference == "original" and original is None:
@@ -122,6 +123,7 @@ def verify_exits(engine: Engine, path: Path, original: Original | None = None) -
     if promise.rows in samples.hashes():
         reason = f"the rows of {path} have calibrated these exits, so they cannot judge them"
         raise UsageError(reason, "give rows that had no part in making the engine")
+    _check_labels(engine.signature, promise, samples)
     other = original if promise.reference == "original" else None
     parts = list(_run(engine, promise, samples, other))
     losses, taken = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -146,12 +148,10 @@ def promise_of(engine: Engine) -> Promise:
     if facts is None:
         reason = f"the exits of {engine.folder} were not calibrated: they promise nothing"
         raise UsageError(reason, "convert the model again, with calibration data")
-    promise = read_promise(facts.get("promise") if isinstance(facts, dict) else None)
+    promise = Promise.from_json(facts.get("promise") if isinstance(facts, dict) else None)
     outputs = {spec.name: spec for spec in signature.outputs}
-    rank = len(outputs[promise.output].shape) if promise.output in outputs else 0
-    place = promise.position
-    fits = rank > 1 if place is None else 0 < place < rank - 1
-    if not fits or EXIT_INDEX not in outputs:
+    sizes = outputs[promise.output].shape if promise.output in outputs else ()
+    if not _has_answers(promise, sizes) or EXIT_INDEX not in outputs:
         raise UnsafeFileError("the promise of the exits is damaged: its output is not there")
     held = next(spec.default for spec in signature.inputs if spec.name == TAU)
     if held != promise.tau:
@@ -160,11 +160,32 @@ def promise_of(engine: Engine) -> Promise:
     return promise
 
 
+def _has_answers(promise: Promise, sizes: Sequence[Size]) -> bool:
+    """Tell whether an output of these sizes has what the promise judges."""
+    rank, place = len(sizes), promise.position
+    if not (rank > 1 if place is None else 0 < place < rank - 1):
+        return False
+    one = rank == (2 if place is None else 3) and isinstance(sizes[-1], int)
+    return one or not LOSSES[promise.loss].labelled
+
+
+def _check_labels(signature: Signature, promise: Promise, samples: Samples) -> None:
+    """Raise UsageError where the loss needs labels that the file does not hold."""
+    loss = LOSSES[promise.loss]
+    if not loss.labelled:
+        return
+    if samples.labels is None:
+        reason = f"the promise is of the {loss.title}, which needs labels: {samples.path} has none"
+        raise UsageError(reason, f"store an array {LABELS!r} [samples] of integers beside the rows")
+    spec = next(spec for spec in signature.outputs if spec.name == promise.output)
+    check_classes(samples.labels, int(spec.shape[-1]), spec.name)
+
+
 def _run(
     engine: Engine, promise: Promise, samples: Samples, original: Original | None
 ) -> Iterator[tuple[Array, Array]]:
     """Yield the losses of each batch, and the exits that its rows take."""
-    signature = engine.signature
+    signature, start = engine.signature, 0
     for batch in samples:
         got = _named(signature, engine.run(bind(signature, (), batch)))
         never = without_exits(signature, batch)
@@ -172,14 +193,22 @@ def _run(
         taken = got[EXIT_INDEX].reshape(-1)
         if not ((taken >= 1) & (taken <= len(promise.shares))).all():
             raise VerificationError(f"{EXIT_INDEX} names no exit", "build the engine again")
-        yield _losses(promise, got, want), taken
+        end = start + len(taken)
+        labels = None if samples.labels is None else samples.labels[start:end]
+        yield _losses(promise, got, want, labels), taken
+        start = end
 
 
 def _named(signature: Signature, outputs: list[Array]) -> Mapping[str, Array]:
     return {spec.name: array for spec, array in zip(signature.outputs, outputs, strict=True)}
 
 
-def _losses(promise: Promise, got: Mapping[str, Array], want: Mapping[str, Array]) -> Array:
+def _losses(
+    promise: Promise,
+    got: Mapping[str, Array],
+    want: Mapping[str, Array],
+    labels: Array | None,
+) -> Array:
     """Return the loss of each unit: each position of each row, or each row."""
     name, place = promise.output, promise.position
     if name not in want or want[name].shape != got[name].shape:
@@ -188,9 +217,7 @@ def _losses(promise: Promise, got: Mapping[str, Array], want: Mapping[str, Array
     one, other = (
         side if place is None else side.take(-1, axis=place) for side in (got[name], want[name])
     )
-    if promise.unit == "token":
-        return LOSSES[promise.loss](one, other).reshape(-1)
-    return losses_of(promise.loss, one, other)
+    return losses_of(promise.loss, promise.unit, one, other, labels)
 
 
 def _allowed(promise: Promise) -> float:

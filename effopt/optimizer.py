@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from effopt.backend import Support, backend
+from effopt.backend import Array, Support, backend
 from effopt.bench import agreement_of, threads
-from effopt.calibration import read_calibration
+from effopt.calibration import Calibration, read_calibration
 from effopt.capture import capture
 from effopt.cost import macs
-from effopt.errors import MissingError, PreconditionError
+from effopt.errors import MissingError, PreconditionError, UsageError
 from effopt.measure import peak_rss_mb
 from effopt.memory import give_back
 from effopt.pipeline import Pass, Pipeline, Step, spec_of
@@ -101,6 +101,7 @@ def optimize(
     target: str = "cpu",
     recipe: str | Sequence[Pass] = "balanced",
     calibration: Iterable[object] | str | os.PathLike[str] | None = None,
+    labels: Array | Tensor | None = None,
     dynamic: Sequence[str] = ("batch",),
     seed: int = 0,
     progress: Progress | None = None,
@@ -113,7 +114,9 @@ def optimize(
     recipe's name, a spec string or a list of passes. `calibration` is data for the passes that
     calibrate: an iterable of batches, each nested as the example inputs, or the path of a .npz or
     .safetensors file with one array [samples, ...] for each input (`effopt.calibration`); all of
-    it is checked before the passes run. `dynamic` names the sizes that stay free.
+    it is checked before the passes run. `labels` [samples], integers in the order of the
+    calibration data, are the classes of its samples, for passes that ask for them; a file may hold
+    them as an array of that name. `dynamic` names the sizes that stay free.
     `progress` is called with each stage's name as it begins.
 
     Raises UsageError, CaptureError, PreconditionError where a pass that was asked for by name
@@ -129,9 +132,7 @@ def optimize(
         original.target = wanted
     if not (taken := backend(wanted.backend).supports(original, wanted)).ok:
         raise PreconditionError("model", *_refusal(taken))
-    if calibration is not None:
-        with clock.stage("calibration data"):
-            original.calibration = read_calibration(calibration, original)
+    original.calibration = _data(original, calibration, labels, clock)
     program, records = Pipeline(steps).run(original, progress)
     clock.stages += [Stage(record.spec, record.seconds) for record in records]
     report = Report(
@@ -153,6 +154,19 @@ def _need_runtime(wanted: Target) -> None:
     """Raise MissingError where the engine is for this machine, which cannot run it."""
     if wanted.name == "cpu" and not (here := backend(wanted.backend).available()).ok:
         raise MissingError(*_refusal(here))
+
+
+def _data(
+    program: Program, given: object, labels: Array | Tensor | None, clock: Clock
+) -> Calibration | None:
+    """Read the calibration data, where there are any."""
+    if given is None and labels is not None:
+        reason = "there are labels, and no calibration data that they are of"
+        raise UsageError(reason, "pass calibration= too")
+    if given is None:
+        return None
+    with clock.stage("calibration data"):
+        return read_calibration(given, program, labels=labels)
 
 
 def _measured(report: Report, original: Program, program: Program, clock: Clock) -> Report:

@@ -1,35 +1,39 @@
-"""What a calibration of exits promises, and what new data say of it. Free of torch.
+"""What a calibration of exits promises, and how a report or a manifest holds it. Free of torch.
 
 Sources: conformal risk control (arXiv 2208.02814), learn then test (2110.01052), betting
 (2010.09686); the rules are in `effopt.risk`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass
+from math import isinf
+from reprlib import repr as short
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from effopt.errors import UnsafeFileError
+from effopt.losses import LOSSES
+from effopt.risk_rules import RULES
 
-Array = NDArray[Any]
+_MOST = 1 << 53
+"""Counts from here on are no counts."""
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
 class Promise:
     """The loss of the exits is at most `epsilon`: by `rule`, with probability 1 - `delta`.
 
-    For crc, which has no delta, that is the mean over calibrations. `loss` is of an answer to that
-    of `reference`: "self", the engine that never exits, or "original", the model as it was given.
-    `output` is what is compared: at the last place of dimension `position` alone, or everywhere
-    (None). `unit` is what is drawn independently. `samples` of them calibrated, `fitted` other rows
-    fitted heads and the grid, `rows` is the hash of all, and `engine` ran them. `risk` is their
-    mean loss at `tau`, as the rule counts it; `shares` say how many rows leave at each exit, `cost`
-    what a row costs, as a part of the whole model. `grid` [K+1, E] are the thresholds that were
-    tried, in order, with the mean loss and its bound at each in `risks` and `bounds`; `index` is
-    the one that was taken. `graph` is the hash of the program.
+    For crc, which has no delta, that is the mean over calibrations. `loss`, one of `effopt.losses`,
+    is of an answer to that of `reference`: "self", the engine that never exits, or "original", the
+    model as it was given. `output` is what is compared: at the last place of dimension `position`
+    alone, or everywhere (None). `unit` is what is drawn independently. `samples` of them
+    calibrated, `fitted` other rows fitted heads and the grid, `rows` is the hash of all, and
+    `engine` ran them. `risk` is their mean loss at `tau`, as the rule counts it; `shares` say how
+    many rows leave at each exit, `cost` what a row costs, as a part of the whole model. `grid`
+    [K+1, E] are the thresholds that were tried, in order, with the mean loss and its bound at each
+    in `risks` and `bounds`; `index` is the one that was taken. `graph` is the hash of the program.
     """
 
     rule: str
@@ -61,80 +65,130 @@ class Promise:
 
     def words(self) -> str:
         """Say the promise in a line."""
-        what = {"self": "the engine that never exits", "original": "the original model"}
+        other = {"self": "the engine that never exits", "original": "the original model"}
+        what = f"{LOSSES[self.loss].title} against {other[self.reference]}"
         level = "on average" if self.delta is None else f"with {1 - self.delta:.0%} confidence"
         return (
-            f"{self.loss} against {what[self.reference]} at most {self.epsilon:.2%} {level} "
-            f"({self.rule}, {self.samples} {self.unit}s)"
+            f"{what} at most {self.epsilon:.2%} {level} ({self.rule}, {self.samples} {self.unit}s)"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON types; the threshold that is never reached is None."""
-        record = asdict(self)
-        record["tau"] = _plain(self.tau)
-        record["grid"] = [_plain(row) for row in self.grid]
-        return record
+        """Return the record as JSON types; a threshold that is infinite is written in words."""
+        return {name: _plain(held) for name, held in asdict(self).items()}
 
     @staticmethod
-    def from_json(record: Any) -> "Promise":
-        """Read the record back; what is missing or of a wrong type is an UnsafeFileError."""
-        try:
-            given = dict(record)
-            given["tau"] = _thresholds(given["tau"])
-            given["grid"] = tuple(_thresholds(row) for row in given["grid"])
-            for name in ("shares", "risks", "bounds"):
-                given[name] = tuple(float(x) for x in given[name])
-            made = Promise(**given)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UnsafeFileError(f"the promise of the exits is damaged: {error}") from error
-        if made.loss not in LOSSES or made.reference not in ("self", "original"):
-            raise UnsafeFileError(f"the promise of the exits is damaged: loss {made.loss!r:.40}")
+    def from_json(record: object) -> "Promise":
+        """Read the record back, which may come from a stranger.
+
+        Every field has its type and range, and all fit together; else it is an UnsafeFileError.
+        """
+        if not isinstance(record, dict):
+            raise _damaged(f"it is {short(record)}")
+        if odd := sorted(record.keys() ^ _FIELDS.keys(), key=str):
+            raise _damaged(f"{short(odd[0])} is missing, or there without a meaning")
+        made = Promise(**{name: _read(name, given) for name, given in record.items()})
+        if not _fits(made):
+            raise _damaged("its figures are not of the same exits and settings")
         return made
 
 
-def _plain(row: Sequence[float]) -> list[float | None]:
-    return [None if np.isinf(x) else float(x) for x in row]
+def _plain(held: Any) -> Any:
+    if isinstance(held, tuple):
+        return [_plain(one) for one in held]
+    return str(held) if isinstance(held, float) and isinf(held) else held
 
 
-def _thresholds(row: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(float("inf") if x is None else float(x) for x in row)
+# --- reading: each function returns what a field holds, or raises ValueError
 
 
-# --- losses -----------------------------------------------------------------------------------
+def _read(name: str, given: Any) -> Any:
+    try:
+        return _FIELDS[name](given)
+    except ValueError as error:
+        raise _damaged(f"{name} is {short(given)}") from error
 
 
-def _disagree(got: Array, want: Array) -> Array:
-    """Tell for each position whether the largest logit is another."""
-    return np.asarray(got.argmax(-1) != want.argmax(-1), np.float64)
+def _fits(made: Promise) -> bool:
+    """Tell whether the figures are as many as there are exits and settings, and the rest fits."""
+    exits, settings = len(made.tau), len(made.grid)
+    return (
+        (made.delta is None) == (RULES[made.rule].test is None)
+        and not (LOSSES[made.loss].labelled and made.unit == "token")
+        and exits > 0
+        and len(made.shares) == exits + 1
+        and {len(row) for row in made.grid} == {exits}
+        and len(made.risks) == len(made.bounds) == settings > made.index
+    )
 
 
-def _kl(got: Array, want: Array) -> Array:
-    """KL divergence from what is wanted, in nats, of at most 1."""
-    p, q = _log_softmax(want), _log_softmax(got)
-    return np.asarray(np.clip((np.exp(p) * (p - q)).sum(-1), 0.0, 1.0))
+def _must(holds: bool, given: Any) -> Any:
+    if not holds:
+        raise ValueError(given)
+    return given
 
 
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    made = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return np.asarray(np.maximum(made, -1e4))  # of what is hidden: 0 times infinity is no number
+def _word(given: Any) -> Any:
+    return _must(isinstance(given, str), given)
 
 
-def _cosine(got: Array, want: Array) -> Array:
-    """Half of what the cosine lacks to 1: 0 for the same direction, 1 for the opposite."""
-    one, two = got.astype(np.float64), want.astype(np.float64)
-    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)
-    cosine = (one * two).sum(-1) / np.maximum(lengths, 1e-12)
-    return np.asarray(np.clip((1 - cosine) / 2, 0.0, 1.0))
+def _count(given: Any) -> Any:
+    return _must(type(given) is int and 0 <= given < _MOST, given)
 
 
-LOSSES: Mapping[str, Callable[[Array, Array], Array]] = MappingProxyType(
-    {"disagree": _disagree, "kl": _kl, "cosine": _cosine}
+def _between(low: float, given: Any, high: float) -> float:
+    return float(_must(type(given) in (int, float) and low <= given <= high, given))
+
+
+def _number(given: Any) -> float:
+    return _between(0, given, _LARGEST)
+
+
+def _part(given: Any) -> float:
+    return _between(0, given, 1)
+
+
+def _level(given: Any) -> float:
+    return float(_must(given not in (0, 1), _part(given)))
+
+
+def _threshold(given: Any) -> float:
+    if given in ("inf", "-inf"):
+        return float(given)
+    return _between(-_LARGEST, given, _LARGEST)
+
+
+def _one_of(words: Container[str]) -> Callable[[Any], Any]:
+    return lambda given: _must(_word(given) in words, given)
+
+
+def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda given: None if given is None else read(given)
+
+
+def _row(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return lambda given: tuple(map(read, _must(isinstance(given, list), given)))
+
+
+_FIELDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        **dict.fromkeys(("output", "rows", "engine", "graph"), _word),
+        **dict.fromkeys(("samples", "fitted", "index"), _count),
+        **dict.fromkeys(("shares", "risks", "bounds"), _row(_part)),
+        "rule": _one_of(RULES),
+        "loss": _one_of(LOSSES),
+        "reference": _one_of(("self", "original")),
+        "unit": _one_of(("sample", "token")),
+        "position": _or_none(_count),
+        "epsilon": _level,
+        "delta": _or_none(_level),
+        "risk": _part,
+        "cost": _number,
+        "tau": _row(_threshold),
+        "grid": _row(_row(_threshold)),
+    }
 )
-"""Losses in [0, 1] of what an exit answers against what is wanted: [B, ..., C] to [B, ...]."""
+"""How each field of a promise is read."""
 
 
-def losses_of(kind: str, got: Array, want: Array) -> Array:
-    """Return the loss of each row: the mean over its positions, [B]."""
-    found = LOSSES[kind](got, want)
-    return np.asarray(found.reshape(len(found), -1).mean(axis=1))
+def _damaged(what: str) -> UnsafeFileError:
+    return UnsafeFileError(f"the promise of the exits is damaged: {what}")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from effopt.errors import UnsafeFileError
-from effopt.exit_facts import read_promise
 from effopt.plain import figure
 from effopt.promise import Promise
 from effopt.report import StepRecord
@@ -115,7 +114,7 @@ def _caveat(found: Promise) -> str:
 
 def _exits(step: StepRecord) -> ExitReport | None:
     try:
-        promise = read_promise(step.facts.get("promise"))
+        promise = Promise.from_json(step.facts.get("promise"))
     except UnsafeFileError:
         return None
     given, count = step.facts.get("exits"), len(promise.tau)

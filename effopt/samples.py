@@ -11,6 +11,7 @@ import numpy as np
 
 from effopt.arrays import Stored, open_arrays
 from effopt.backend import Array
+from effopt.class_labels import labels_apart, stored_labels
 from effopt.errors import UsageError
 from effopt.signature import TensorSpec
 
@@ -24,7 +25,8 @@ class Samples:
     """One array [count, ...] for each input; those that are not in `cut` are the same for all.
 
     Iterating yields batches of at most `size` samples by input name, in the order of the inputs;
-    one is held at a time. Raises UsageError where one holds no finite numbers.
+    one is held at a time. Raises UsageError where one holds no finite numbers. `labels` [count],
+    int64, are those of the file, or None.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class Samples:
     cut: frozenset[str]
     size: int
     count: int
+    labels: Array | None = None
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
         whole = {
@@ -70,10 +73,11 @@ class Samples:
 def open_samples(path: Path, specs: Sequence[TensorSpec], batch: int = BATCH) -> Samples:
     """Open a file of samples for the inputs `specs`, by the rules of `effopt.calibration`.
 
-    Raises UsageError for missing or extra names, another type or shape, counts that differ, and
-    an input that counts samples by a later dimension; UnsafeFileError as `effopt.arrays`.
+    Raises UsageError for missing or extra names, another type or shape, counts that differ, labels
+    that are no integers, and an input that counts samples by a later dimension; UnsafeFileError as
+    `effopt.arrays`.
     """
-    arrays = open_arrays(path)
+    arrays, held = labels_apart(open_arrays(path), [spec.name for spec in specs])
     _check_names([spec.name for spec in specs], arrays, path)
     size, cut = _cutting(specs, batch)
     for spec in specs:
@@ -87,7 +91,9 @@ def open_samples(path: Path, specs: Sequence[TensorSpec], batch: int = BATCH) ->
     if not count or (size != batch and count % size):
         reason = f"{path} has {count} samples, and the engine takes batches of {size}"
         raise UsageError(reason, f"give a multiple of {size} samples" if count else "give some")
-    return Samples(path, {spec.name: arrays[spec.name] for spec in specs}, cut, size, count)
+    labels = None if held is None else stored_labels(held, count)
+    taken = {spec.name: arrays[spec.name] for spec in specs}
+    return Samples(path, taken, cut, size, count, labels)
 
 
 def _check_names(wanted: Sequence[str], arrays: Mapping[str, Stored], path: Path) -> None:

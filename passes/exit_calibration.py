@@ -17,9 +17,10 @@ from effopt.errors import PreconditionError, UsageError
 from effopt.exit_losses import any_exit_losses, exits_taken, grid
 from effopt.exits import probe, set_thresholds
 from effopt.fingerprint import fingerprint
+from effopt.losses import LOSSES, losses_of
 from effopt.passes.exit_rows import Order, fit_rows, with_batches
 from effopt.program import Program
-from effopt.promise import LOSSES, Promise
+from effopt.promise import Promise
 from effopt.risk import choose, curve, require_samples
 from effopt.risk_rules import RULES
 from effopt.segments import costs
@@ -124,7 +125,8 @@ def said(promise: Promise) -> tuple[str, ...]:
 
 def _rule(wish: Wish, table: Array) -> str:
     """Name the rule for the losses that there can be, not for those that happen to be there."""
-    whole = wish.loss == "disagree" and (wish.unit == "token" or bool(np.isin(table, (0, 1)).all()))
+    each = wish.unit == "token" or bool(np.isin(table, (0, 1)).all())
+    whole = LOSSES[wish.loss].whole and each
     return wish.rule if whole else RULES[wish.rule].fractional or wish.rule
 
 
@@ -154,25 +156,28 @@ class _Seen:
 
 
 def _observe(program: Program, original: Program, wish: Wish, run: Run, marks: Tensor) -> _Seen:
-    assert program.calibration is not None
-    order = Order()
+    data, order = program.calibration, Order()
+    assert data is not None
     scores, losses, base, rows, fitted = (list[Array]() for _ in range(5))
-    for batch, fits in with_batches(program.calibration, marks, order):
+    for batch, numbers in with_batches(data, order):
         outputs = run(batch)
         count = len(outputs) // 2
         found = np.stack(outputs[:count], axis=1)
-        fit = fits.numpy()
+        fit = marks[numbers].numpy()
         fitted.append(found[fit])
         if fit.all():
             continue
         *answers, end = (_judged(answer, wish) for answer in outputs[count:])
         want = end if wish.reference == "self" else _judged(_original(original, batch, wish), wish)
-        each = np.stack([_units(wish, answer[~fit], want[~fit]) for answer in answers], axis=-1)
-        never = _units(wish, end[~fit], want[~fit])
+        labels = None if data.labels is None else data.labels[numbers].numpy()[~fit]
+        *each, never = (
+            losses_of(wish.loss, wish.unit, answer[~fit], want[~fit], labels)
+            for answer in (*answers, end)
+        )
         kept = found[~fit]
         rows.append(kept)
         scores.append(np.repeat(kept, len(never) // len(kept), axis=0))
-        losses.append(each)
+        losses.append(np.stack(each, axis=-1))
         base.append(never)
     parts = (scores, losses, base, rows, fitted)
     one, two, three, four, five = (np.concatenate(part) for part in parts)
@@ -181,12 +186,6 @@ def _observe(program: Program, original: Program, wish: Wish, run: Run, marks: T
 
 def _judged(answer: Array, wish: Wish) -> Array:
     return answer if wish.position is None else answer.take(-1, axis=wish.position)
-
-
-def _units(wish: Wish, got: Array, want: Array) -> Array:
-    """Return the loss of each unit: of each position, or of each row, which is their mean."""
-    found = LOSSES[wish.loss](got, want).reshape(len(got), -1)
-    return found.reshape(-1) if wish.unit == "token" else found.mean(axis=1)
 
 
 def _original(original: Program, batch: tuple[Tensor, ...], wish: Wish) -> Array:
@@ -199,7 +198,7 @@ def _engine(program: Program, folder: Path) -> tuple[Run, str]:
     target = program.target
     vendor = backend(target.backend) if target else backend("eager")
     if target is None or not vendor.available().ok:
-        return lambda batch: [as_array(x) for x in program.run(batch)], "eager torch"
+        return lambda batch: [as_array(x.float()) for x in program.run(batch)], "eager torch"
     built = vendor.build(program, target, folder)
     runner = vendor.load(folder, program.signature.with_ports(built.ports), built.facts)
     return lambda batch: runner.run([as_array(x) for x in batch]), f"{vendor.name} on {target.name}"

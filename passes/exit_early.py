@@ -4,6 +4,11 @@ Heads are fitted in closed form to the model's own outputs, without labels: ridg
 tuned lens (Belrose et al., arXiv 2303.08112) ahead of the model's own head. Rows leave by one of
 the scores of BranchyNet (1709.01686), DeeBERT (2004.12993), PABEE (2006.04152) and CALM
 (2207.07061). None does until thresholds are calibrated, when all other passes have run.
+
+Where the calibration data has labels, ridge heads may be fitted to those: 1 for the class, 0 for
+others. What such a head gives is not on the scale of the model's logits, and no logarithm of a
+probability unless it is polished. Its margin still orders rows by how sure they are, and that is
+all that a threshold reads.
 """
 
 from collections.abc import Sequence
@@ -16,8 +21,10 @@ from torch.fx import Node
 from effopt.edit import Edit
 from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.exits import insert_exits
+from effopt.losses import LOSSES, Loss
 from effopt.passes.exit_calibration import Wish, calibrate, said
 from effopt.passes.exit_fit import FIT, Fit, agreements, fit_heads, marks
+from effopt.passes.exit_labels import check_labels
 from effopt.passes.exit_nodes import Heads, read_features, score
 from effopt.passes.exit_plan import SATURATION, Asked, Plan, plan_exits
 from effopt.passes.exit_reads import POOLS
@@ -34,7 +41,8 @@ _WORDS = {
     "head": ("auto", "ridge", "lens"),
     "pool": ("auto", *POOLS),
     "rule": tuple(RULES),
-    "loss": ("disagree", "kl", "cosine"),
+    "fit": ("outputs", "labels"),
+    "loss": tuple(LOSSES),
     "reference": ("self", "original"),
     "unit": ("sample", "token"),
     "lower": LOWER,
@@ -68,6 +76,10 @@ class ExitEarly:
         default="auto",
         metadata={"help": f"what a ridge head reads: {', '.join(POOLS)}; auto: as outputs do"},
     )
+    fit: str = field(
+        default="outputs",
+        metadata={"help": "what heads learn: outputs, or labels, for the output that is judged"},
+    )
     norm: bool = field(default=False, metadata={"help": "normalize what heads read"})
     shared: bool = field(default=False, metadata={"help": "one head for all exits"})
     polish: int = field(
@@ -81,7 +93,8 @@ class ExitEarly:
         default=0.05, metadata={"help": "how probably it may be more (all rules but crc)"}
     )
     loss: str = field(
-        default="disagree", metadata={"help": "what is bounded: disagree, kl or cosine"}
+        default="disagree",
+        metadata={"help": f"what is bounded: {', '.join(LOSSES)} (more errors by labels)"},
     )
     reference: str = field(
         default="self", metadata={"help": "compared with: self, or the original model"}
@@ -109,6 +122,16 @@ class ExitEarly:
         """Delta, where the rule has one."""
         return None if RULES[self.rule].test is None else self.delta
 
+    @property
+    def labelled(self) -> str:
+        """The options that need labels, in words; "" where none does."""
+        asked = {"fit=labels": self.fit == "labels", f"loss={self.loss}": self._loss.labelled}
+        return " and ".join(words for words, is_so in asked.items() if is_so)
+
+    @property
+    def _loss(self) -> Loss:
+        return LOSSES[self.loss]
+
     def _ranges(self) -> list[tuple[bool, str, str]]:
         """Return what must hold of each option, what was given, and what to give instead."""
         blocks = self.cuts if isinstance(self.cuts, tuple) else ()
@@ -128,12 +151,24 @@ class ExitEarly:
                 "polish trains ridge heads, and head is lens",
                 "leave polish out, or use head=ridge",
             ),
+            (
+                self.head != "lens" or self.fit == "outputs",
+                f"a lens learns hidden states, and fit is {self.fit}",
+                "leave fit out, or use head=ridge",
+            ),
+            (
+                self.unit == "sample" or not self._loss.labelled,
+                f"loss={self.loss} counts samples, and unit is {self.unit}",
+                "leave unit out, or choose another loss",
+            ),
         ]
 
     def check(self, program: Program) -> list[PreconditionError]:
         """Refuse without enough data, a cut, or outputs that heads can be fitted to."""
         try:
-            self._check_data(program, self._plan(program))
+            plan = self._plan(program)
+            self._check_options(program, plan)
+            self._check_samples(program, plan)
         except PreconditionError as refusal:
             return [refusal]
         return []
@@ -142,7 +177,9 @@ class ExitEarly:
         """Fit heads and insert exits at thresholds of infinity; the facts list every exit."""
         plan, edit = self._plan(program), Edit(program, self.name)
         features = [read_features(edit, plan, stream, self.norm) for stream in plan.streams]
-        fit = fit_heads(program, plan, features, self.share, self.shared, self.polish)
+        data = program.calibration
+        labels = data.labels if data is not None and self.fit == "labels" else None
+        fit = fit_heads(program, plan, features, self.share, self.shared, self.polish, labels)
         maker = Heads(edit, plan)
         logits = [
             maker.logits(place, node, heads)
@@ -172,22 +209,33 @@ class ExitEarly:
     def _plan(self, program: Program) -> Plan:
         return plan_exits(program, Asked(self.cuts, self.head, self.pool, self.score))
 
-    def _check_data(self, program: Program, plan: Plan) -> None:
-        """Raise PreconditionError where the data is too little, or options do not meet the plan."""
-        data, first = program.calibration, plan.streams[0]
-        if data is None:
+    def _check_options(self, program: Program, plan: Plan) -> None:
+        """Raise PreconditionError where options do not meet the plan, or what data there are."""
+        first = where(plan.streams[0].node)
+        if program.calibration is None:
             reason = "exits are fitted to data and calibrated on it, and there is none"
             raise PreconditionError("model", reason, "pass calibration=, or --calibration FILE")
         widths = {plan.reads.features(stream) for stream in plan.streams}
         if self.shared and len(widths) > 1:
             reason = f"exits of {len(widths)} widths cannot share a head"
-            raise PreconditionError(where(first.node), reason, "leave shared out")
+            raise PreconditionError(first, reason, "leave shared out")
         if self.polish and plan.reads.is_lens:
             reason = "polish trains ridge heads, and outputs have tokens, which a lens serves"
-            raise PreconditionError(where(first.node), reason, "leave polish out")
+            raise PreconditionError(first, reason, "leave polish out")
+        if self.fit == "labels" and plan.reads.is_lens:
+            reason = "labels fit ridge heads, and outputs have tokens, which a lens serves"
+            raise PreconditionError(first, reason, "leave fit out")
+        if self.labelled:
+            check_labels(program, plan, self.labelled)
+
+    def _check_samples(self, program: Program, plan: Plan) -> None:
+        """Raise PreconditionError where there are too few samples to fit or to calibrate."""
+        data = program.calibration
+        assert data is not None, "checked"
         # With as many samples as features, and the penalty chosen, 192 features of a network on
         # digits agreed with it on .994 of others; with half as many .989, with twice .996.
-        marked, wanted = marks(data.samples, self.share), max(widths)
+        marked = marks(data.samples, self.share)
+        wanted = max(plan.reads.features(stream) for stream in plan.streams)
         fits, left = int((marked == FIT).sum()), int((marked == 0).sum())
         if not plan.reads.is_lens and fits < wanted:
             reason = (
@@ -195,7 +243,7 @@ class ExitEarly:
                 f"{data.samples} of the calibration data {fits} fit"
             )
             remedy = "give more samples, raise share, or read less (pool=first or mean)"
-            raise PreconditionError(where(first.node), reason, remedy)
+            raise PreconditionError(where(plan.streams[0].node), reason, remedy)
         least = least_samples(self.rule, self.epsilon, self.level)
         if left < least:
             reason = (
@@ -248,7 +296,8 @@ class ExitEarly:
                 }
             )
             share = "" if cut.share is None else f", at {cut.share:.0%} of the work"
-            notes.append(f"block {cut.block}{share}: a {kind} head on {plan.reads}")
+            learned = ", fitted to labels" if self.fit == "labels" else ""
+            notes.append(f"block {cut.block}{share}: a {kind} head on {plan.reads}{learned}")
             if part is not None:
                 notes[-1] += f", agrees with the model on {part:.1%} of held-out samples"
         facts = {"exits": rows, "outputs": list(plan.answers), "scored": plan.scored}

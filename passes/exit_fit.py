@@ -1,6 +1,6 @@
 """Fitting the heads of exits: calibration data goes through the program once, as a stream."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import cast
@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn.functional import one_hot
 
 from effopt.calibration import Calibration
 from effopt.collectors import Rows
@@ -15,7 +16,7 @@ from effopt.edit import Edit
 from effopt.errors import PreconditionError, at
 from effopt.passes.exit_heads import Head, Moments, agreement, fitness, split_head
 from effopt.passes.exit_plan import Plan
-from effopt.passes.exit_polish import polish
+from effopt.passes.exit_polish import SURE, polish
 from effopt.passes.exit_rows import Order, fit_rows, only, with_batches
 from effopt.program import Program, shape, where
 from effopt.signature import Signature, TensorSpec
@@ -37,7 +38,7 @@ Inputs = tuple[Tensor, ...]
 class Fit:
     """The heads of the exits, one an output, or one for a lens; `rows` that fitted each exit's.
 
-    `held` are batches of samples that fitted nothing, with what part each has in that: 0 for none.
+    `held` are batches with samples that fitted nothing, and which of theirs did so: bool [b].
     `order` is the hash of all samples as they came.
     """
 
@@ -92,21 +93,25 @@ def fit_heads(
     share: float,
     shared: bool,
     steps: int,
+    labels: Tensor | None = None,
 ) -> Fit:
     """Fit heads from the `features` of each exit to what the whole program gives.
 
-    `share` of the samples is taken, a tenth of it to choose penalties by. `steps` of polish.
-    Raises PreconditionError where too few tokens reach a lens, or values are no numbers.
+    `share` of the samples is taken, a tenth of it to choose penalties by. `steps` of polish. With
+    `labels` [samples], heads of the output that is scored are fitted to those, 1 for the class and
+    0 for others. Raises PreconditionError where too few tokens reach a lens, or values are no
+    numbers.
     """
     data = program.calibration
     assert data is not None, "checked"
     learn = [Rows(KEPT) if steps else None for _ in features]
     own = [_Sums(learn=rows) for rows in learn]
     sums = [own[0]] * len(own) if shared else own
-    stream = _Stream(program, plan, features, data)
+    stream = _Stream(program, plan, features, data, labels)
     held = Spool(stream.feed(sums, marks(data.samples, share)))
     held.fill()
-    known = {id(one): _heads(plan, one, steps) for one in sums}
+    sure = {} if labels is None else {plan.scored: SURE}
+    known = {id(one): _heads(plan, one, steps, sure) for one in sums}
     rows = tuple(one.moments.rows for one in sums)
     heads = tuple(known[id(one)] for one in sums)
     return Fit(heads, rows, held, stream.order.digest())
@@ -116,10 +121,15 @@ class _Stream:
     """Runs batches and hands each exit's rows to its sums."""
 
     def __init__(
-        self, program: Program, plan: Plan, features: Sequence[Node], data: Calibration
+        self,
+        program: Program,
+        plan: Plan,
+        features: Sequence[Node],
+        data: Calibration,
+        labels: Tensor | None,
     ) -> None:
         self.program, self.plan, self.data = program, plan, data
-        self.nodes = features
+        self.nodes, self.labels = features, labels
         real = find_real(program, plan.last.node) if plan.reads.is_lens else ""
         self.real = real.mask if isinstance(real, Real) else None
         targets = [plan.last.node] if plan.reads.is_lens else list(plan.answers.values())
@@ -130,20 +140,27 @@ class _Stream:
 
     def feed(self, sums: Sequence[_Sums], chosen: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
         """Feed all batches; yield the inputs of samples that are held out, and which these are."""
-        for batch, own in with_batches(self.data, chosen, self.order):
-            if own.any():
-                inputs, own = only(self.program, batch, own)
-                values = self.fork.run(inputs)
-                self._take(sums, values, own == FIT, held=False)
-                self._take(sums, values, own == _CHOOSE, held=True)
+        for batch, numbers in with_batches(self.data, self.order):
+            if chosen[numbers].any():
+                inputs, left = only(self.program, batch, chosen[numbers] != 0)
+                numbers = numbers[left]
+                values, own = self.fork.run(inputs), chosen[numbers]
+                self._take(sums, values, numbers, own == FIT, held=False)
+                self._take(sums, values, numbers, own == _CHOOSE, held=True)
                 if (own == _CHOOSE).any():
-                    yield only(self.program, inputs, (own == _CHOOSE).long())
+                    inputs, left = only(self.program, inputs, own == _CHOOSE)
+                    yield inputs, own[left] == _CHOOSE
 
     def _take(
-        self, sums: Sequence[_Sums], values: Sequence[Tensor], rows: Tensor, held: bool
+        self,
+        sums: Sequence[_Sums],
+        values: Sequence[Tensor],
+        numbers: Tensor,
+        rows: Tensor,
+        held: bool,
     ) -> None:
         count, kept = len(self.nodes), self._tokens(values, rows)
-        targets = self._targets(values[count:])[kept]
+        targets = self._targets(values[count:], numbers)[kept]
         lot = self._lot(len(targets))
         for node, one, found in zip(self.nodes, sums, values[:count], strict=True):
             with at(where(node)):
@@ -153,11 +170,15 @@ class _Stream:
         """Return a value with its samples first."""
         return found.movedim(self.plan.last.samples, 0) if self.plan.reads.is_lens else found
 
-    def _targets(self, values: Sequence[Tensor]) -> Tensor:
+    def _targets(self, values: Sequence[Tensor], numbers: Tensor) -> Tensor:
         if self.plan.reads.is_lens:
             return self._first(values[0])
-        outputs = values[: len(self.plan.answers)]
-        return torch.cat([found.reshape(len(found), -1) for found in outputs], 1)
+        outputs = dict(zip(self.plan.answers, values, strict=False))
+        if self.labels is not None:
+            scored = outputs[self.plan.scored]
+            classes = one_hot(self.labels[numbers], scored.shape[1])
+            outputs[self.plan.scored] = classes.to(scored)
+        return torch.cat([found.reshape(len(found), -1) for found in outputs.values()], 1)
 
     def _tokens(self, values: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Return which samples are taken, or of a lens which of their tokens: no padding."""
@@ -178,23 +199,32 @@ class _Stream:
         return torch.randperm(count, generator=self.lots)[:most].sort().values
 
 
-def _heads(plan: Plan, sums: _Sums, steps: int) -> tuple[Head, ...]:
-    """Choose the best head for each output by the rows that are held out."""
-    ends = [plan.last.node] if plan.reads.is_lens else list(plan.answers.values())
+def _heads(plan: Plan, sums: _Sums, steps: int, sure: Mapping[str, float]) -> tuple[Head, ...]:
+    """Choose the best head for each output by the rows that are held out.
+
+    Targets that are no logits are multiplied by what `sure` has for an output, to be polished to.
+    """
+    ends = {"": plan.last.node} if plan.reads.is_lens else plan.answers
     count = plan.reads.features(plan.streams[0])
     if sums.moments.rows < count or sums.choose.kept is None:
         reason = f"{sums.moments.rows} rows that are no padding fit a head of {count} features"
         raise PreconditionError(where(plan.last.node), reason, "give more calibration samples")
-    widths = [prod(shape(end)[1:]) for end in ends] if not plan.reads.is_lens else [count]
+    widths = [count] if plan.reads.is_lens else [prod(shape(end)[1:]) for end in ends.values()]
     tried = [split_head(head, widths) for head in sums.moments.solve()]
     held = _tables(sums.choose, widths)
     rows = _tables(sums.learn, widths)
     found = list[Head]()
-    for place, end in enumerate(ends):
+    for place, (name, end) in enumerate(ends.items()):
         classes = 1 if plan.reads.is_lens or len(shape(end)) < 2 else int(shape(end)[-1])
         own = [heads[place] for heads in tried]
         best = max(own, key=lambda one: fitness(one, *held[place], classes))
-        found.append(polish(best, rows[place], held[place], classes, steps) if rows else best)
+        if rows:
+            learn, judge = (
+                (features, wanted * sure.get(name, 1.0))
+                for features, wanted in (rows[place], held[place])
+            )
+            best = polish(best, learn, judge, classes, steps)
+        found.append(best)
     return tuple(found)
 
 
@@ -219,7 +249,7 @@ def agreements(
         return [None for _ in answers]
     fork, found, rows = returning(program, [*answers, end]), [0.0] * len(answers), 0
     for inputs, own in cast("Iterable[tuple[Inputs, Tensor]]", fit.held):
-        *given, wanted = (_counted(plan, value)[own != 0] for value in fork.run(inputs))
+        *given, wanted = (_counted(plan, value)[own] for value in fork.run(inputs))
         found = [
             total + agreement(one, wanted) * len(wanted)
             for total, one in zip(found, given, strict=True)

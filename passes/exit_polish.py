@@ -1,6 +1,7 @@
 """Polish: a ridge head that learns to give the whole model's probabilities, not its logits.
 
-Distillation by Adam (Kingma and Ba, arXiv 1412.6980) on KL(softmax(end) || softmax(head)).
+Distillation by Adam (Kingma and Ba, arXiv 1412.6980) on KL(softmax(end) || softmax(head)). Where
+what is wanted is sure of one class, as a label is, that is the cross-entropy.
 """
 
 import torch
@@ -11,6 +12,9 @@ from effopt.passes.exit_heads import Head, by_class, deviation_of, fitness
 
 _RATE = 1e-3
 """Adam's step, in units of features of deviation 1."""
+
+SURE = 1e4
+"""A logit above the others by so much has all of the probability: exp(-1e4) is 0."""
 
 
 def polish(

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from effopt.backend import as_array
 from effopt.calibration import Calibration, samples_in
 from effopt.program import Program
 
@@ -33,39 +32,38 @@ class Order:
     def take(self, batch: Iterable[Tensor]) -> None:
         """Add the inputs of a batch."""
         for tensor in batch:
-            self._hash.update(as_array(tensor).tobytes())
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            self._hash.update(plain.view(torch.uint8).numpy().data)
 
     def digest(self) -> str:
         """Return the hash so far, in hex digits."""
         return self._hash.hexdigest()
 
 
-def with_batches(
-    data: Calibration, marks: Tensor, order: Order
-) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Yield the flat inputs of each batch and the marks of its samples, of marks [samples]."""
+def with_batches(data: Calibration, order: Order) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """Yield the flat inputs of each batch and the numbers of its samples, int64 [b]."""
     start = 0
     for batch in data:
         order.take(batch)
         end = start + samples_in(data.program, batch)
-        yield batch, marks[start:end]
+        yield batch, torch.arange(start, end)
         start = end
 
 
 def only(
-    program: Program, batch: tuple[Tensor, ...], marks: Tensor
+    program: Program, batch: tuple[Tensor, ...], kept: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Leave samples with mark 0 out of a batch and its marks, where a batch may be so small.
+    """Leave samples out of a batch that are not `kept`, bool [b], where a batch may be so small.
 
-    A batch of fixed size stays as it is.
+    Returns the places of those that are still there: all, in a batch of fixed size.
     """
-    places = marks.nonzero().reshape(-1)
-    low, _ = program.ranges.get(_BATCH, (len(marks), None))
-    if len(places) < low or len(places) == len(marks):
-        return batch, marks
+    places = kept.nonzero().reshape(-1)
+    low, _ = program.ranges.get(_BATCH, (len(kept), None))
+    if len(places) < low or len(places) == len(kept):
+        return batch, torch.arange(len(kept))
     specs = program.signature.inputs
     cut = (
         x.index_select(spec.shape.index(_BATCH), places.to(x.device)) if _BATCH in spec.shape else x
         for spec, x in zip(specs, batch, strict=True)
     )
-    return tuple(cut), marks[places]
+    return tuple(cut), places

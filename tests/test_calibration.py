@@ -241,6 +241,50 @@ def test_a_stream_that_ends_early_the_second_time_is_told(pair: Program) -> None
         list(data)
 
 
+# --- labels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([3, 0, 2, 1, 9], np.uint8),
+        np.array([3, 0, 2, 1, 9], np.int64),
+        torch.tensor([3, 0, 2, 1, 9], dtype=torch.int32),
+    ],
+)
+@pytest.mark.parametrize("wrap", [list, iter])
+def test_labels_are_whole_numbers_in_the_order_of_the_stream(
+    pair: Program, labels: Any, wrap: Callable[..., Any]
+) -> None:
+    data = read_calibration(wrap(numbered(2, 3)), pair, labels=labels)
+    assert data.labels is not None
+    assert data.labels.dtype == torch.int64
+    assert data.labels.tolist() == [3, 0, 2, 1, 9]
+    assert data.describe() == "calibration: 5 samples with labels, given in Python"
+    assert read_calibration(numbered(2, 3), pair).labels is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (np.zeros(4, np.int64), "there are 4 labels for 5 samples"),
+        (np.zeros(5), "the labels are float64, not whole numbers"),
+        (torch.zeros(5).bfloat16(), "the labels are bfloat16, not whole numbers"),
+        (np.zeros(5, np.bool_), "the labels are bool, not whole numbers"),
+        (np.array(["a"] * 5, object), "the labels are object, not whole numbers"),
+        (torch.zeros(5, 1).long(), "the labels are [5, 1], not one number for each sample"),
+        (np.int64(5), "the labels are [], not one number for each sample"),
+        ([0, 1, 2, 0, 1], "the labels are a list, not an array"),
+        ("labels.npy", "the labels are a str, not an array"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(pair: Program, labels: Any, reason: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read_calibration(numbered(2, 3), pair, labels=labels)
+    assert caught.value.reason == reason
+    assert caught.value.remedy
+
+
 # --- optimize ---------------------------------------------------------------------------------
 
 
@@ -275,6 +319,15 @@ def test_optimize_hands_it_to_passes_and_reports_it(tmp_path: Path) -> None:
     plain = effopt.optimize(Pair(), batch(), recipe=[step])
     assert seen[-1] is None
     assert not [note for note in plain.report.notes if "calibration" in note]
+
+
+def test_optimize_hands_labels_to_passes() -> None:
+    step, seen = reader()
+    labels, batches = np.arange(5), numbered(2, 3)
+    effopt.optimize(Pair(), batch(), recipe=[step], calibration=batches, labels=labels)
+    assert seen[0].labels.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(UsageError, match="there are labels, and no calibration data"):
+        effopt.optimize(Pair(), batch(), recipe=[step], labels=labels)
 
 
 def test_optimize_refuses_bad_data_before_the_passes() -> None:

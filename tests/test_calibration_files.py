@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import effopt.save
 from effopt.__main__ import main
-from effopt.calibration import calibration_file
+from effopt.calibration import calibration_file, read_calibration
 from effopt.capture import capture
 from effopt.errors import UnsafeFileError, UsageError
 from effopt.program import Program
@@ -66,6 +66,39 @@ def test_bfloat16_is_read_from_safetensors(tmp_path: Path) -> None:
     assert torch.equal(found, given)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_may_hold_labels(pair: Program, tmp_path: Path, name: str) -> None:
+    labels = torch.arange(19) % 3
+    path = saved(tmp_path / name, {**arrays(), "labels": labels.to(torch.uint8)})
+    data = calibration_file(path, pair)
+    assert data.labels is not None
+    assert data.labels.dtype == torch.int64
+    assert torch.equal(data.labels, labels)
+    assert torch.equal(samples_of(data), arrays()["x"])
+    assert data.describe() == f"calibration: 19 samples with labels, from {name}"
+    with pytest.raises(UsageError, match="holds some already"):
+        read_calibration(path, pair, labels=labels)
+
+
+def test_labels_beside_a_file_without_any(pair: Program, tmp_path: Path) -> None:
+    path = saved(tmp_path / "data.npz", arrays())
+    found = read_calibration(path, pair, labels=torch.arange(19)).labels
+    assert found is not None
+    assert torch.equal(found, torch.arange(19))
+
+
+def test_an_input_that_is_called_labels_is_an_input(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return x + labels
+
+    program = capture(Named(), {"x": torch.ones(2, 4), "labels": torch.ones(2, 4)})
+    given = {"x": torch.ones(9, 4), "labels": torch.randn(9, 4)}
+    data = calibration_file(saved(tmp_path / "data.npz", given), program)
+    assert data.labels is None
+    assert torch.equal(torch.cat([labels for _, labels in data]), given["labels"])
+
+
 def without(name: str) -> dict[str, Tensor]:
     return {key: item for key, item in arrays().items() if key != name}
 
@@ -82,6 +115,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "counts": (
         {**arrays(), "ids": torch.ones(18, 5).long()},
         "differ in their samples: 'x' has 19, 'ids' has 18",
+    ),
+    "labels of another count": (
+        {**arrays(), "labels": torch.ones(18).long()},
+        "PATH: there are 18 labels for 19 samples\n  remedy: give one for each sample",
+    ),
+    "labels of another type": (
+        {**arrays(), "labels": torch.ones(19)},
+        "PATH: the labels are float32, not whole numbers",
+    ),
+    "labels of another rank": (
+        {**arrays(), "labels": torch.ones(19, 2).long()},
+        "PATH: the labels are [19, 2], not one number for each sample",
     ),
     "empty": (arrays(0), "(from NAME) has 0 samples, at least 1 are needed"),
     "NaN": (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import effopt
 from effopt.backend import as_array
+from effopt.calibration import read_calibration
 from effopt.errors import PreconditionError
 from effopt.exits import probe
 from effopt.optimizer import Optimized
@@ -21,7 +22,8 @@ from effopt.pipeline import Pipeline
 from effopt.promise import Promise
 from effopt.recipe import steps_of
 from effopt.risk import least_samples
-from tests import zoo
+from tests import exit_nets, zoo
+from tests.check import Check
 
 SAMPLES, BATCH = 400, 25
 
@@ -188,3 +190,14 @@ def test_where_nothing_may_leave_it_is_said() -> None:
     promise = replace(promise_of(usual()), index=0, tau=(np.inf,), shares=(0.0, 1.0))
     (words,) = said(promise)
     assert words.startswith("no row may leave: no threshold keeps disagree against")
+
+
+def test_a_model_in_half_precision_is_calibrated() -> None:
+    """In eager: numpy has no bfloat16."""
+    net, batches = exit_nets.Net(exit_nets.logits), exit_nets.data()
+    tester = Check(net.bfloat16(), torch.randn(2, exit_nets.TOKENS, 4).bfloat16()).normal()
+    given = [batch.bfloat16() for batch in batches]
+    tester.program.calibration = read_calibration(given, tester.program)
+    promise = tester.run("exit-early{cuts=1,epsilon=0.05}").program.promise
+    assert promise is not None
+    assert promise.samples == 120

@@ -188,25 +188,24 @@ def with_data(program: Program, data: list[Tensor]) -> Program:
     return program
 
 
-def test_batches_come_with_the_marks_of_their_samples() -> None:
+def test_batches_come_with_the_numbers_of_their_samples() -> None:
     program = program_of(Affine(), torch.randn(2, 5, 4))
     data = with_data(program, batches(20, 6)).calibration
     assert data is not None
-    own_marks = torch.arange(20) % 3
-    pairs = list(with_batches(data, own_marks, Order()))
-    assert [len(own) for _, own in pairs] == [6, 6, 6, 2]
-    assert torch.equal(torch.cat([own for _, own in pairs]), own_marks)
-    (batch,), own = only(program, *pairs[0])
-    assert own.tolist() == [1, 2, 1, 2]
-    assert torch.equal(batch, pairs[0][0][0][[1, 2, 4, 5]])
+    pairs = list(with_batches(data, Order()))
+    assert [len(numbers) for _, numbers in pairs] == [6, 6, 6, 2]
+    assert torch.equal(torch.cat([numbers for _, numbers in pairs]), torch.arange(20))
+    given, numbers = pairs[1]
+    (batch,), left = only(program, given, numbers % 3 != 0)
+    assert left.tolist() == [1, 2, 4, 5]
+    assert torch.equal(batch, given[0][left])
 
 
 def test_a_batch_of_fixed_size_stays_whole() -> None:
     program = program_of(Affine(), torch.randn(3, 5, 4), dynamic=())
-    given = torch.tensor([0, 1, 0])
-    (batch,), own = only(program, (torch.randn(3, 5, 4),), given)
+    (batch,), left = only(program, (torch.randn(3, 5, 4),), torch.tensor([False, True, False]))
     assert batch.shape == (3, 5, 4)
-    assert torch.equal(own, given)
+    assert left.tolist() == [0, 1, 2]
 
 
 # --- heads in a graph -------------------------------------------------------------------------

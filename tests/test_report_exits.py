@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from effopt.errors import UnsafeFileError
-from effopt.exit_facts import read_promise
 from effopt.promise import Promise
 from effopt.report import Latency, Report, StepRecord
 from effopt.report_exits import read_exits
@@ -207,7 +206,7 @@ def test_places_of_exits_may_be_any_json(given: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": []}, "unhashable"),
+        ({"loss": []}, "loss is []"),
         ({"rule": "luck"}, "rule is 'luck'"),
         ({"epsilon": "0.1"}, "epsilon is '0.1'"),
         ({"delta": None}, "not of the same exits and settings"),
@@ -215,20 +214,33 @@ def test_places_of_exits_may_be_any_json(given: object) -> None:
         ({"shares": [0.5, 0.5]}, "not of the same exits and settings"),
         ({"bounds": [0.0]}, "not of the same exits and settings"),
         ({"grid": []}, "not of the same exits and settings"),
-        ({"risks": [0.0, 0.0, 0.0, 0.0, 10**400]}, "too large"),
+        ({"risks": [0.0, 0.0, 0.0, 0.0, 10**400]}, "risks is"),
         ({"tau": [float("nan"), 0.1]}, "tau is"),
+        ({"tau": [None, 0.1]}, "tau is"),
+        ({"tau": ["nan", 0.1]}, "tau is"),
+        ({"tau": [10**400, 0.1]}, "tau is"),
+        ({"grid": [10**400]}, "grid is"),
+        ({"loss": "error", "unit": "token"}, "not of the same exits and settings"),
+        ({"more": 1}, "'more' is missing, or there without a meaning"),
     ],
 )
 def test_a_damaged_promise_is_refused_by_its_field(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsafeFileError, match="promise of the exits is damaged") as caught:
-        read_promise({**PROMISE.to_json(), **change})
+        Promise.from_json({**PROMISE.to_json(), **change})
     assert message in str(caught.value)
 
 
 def test_a_promise_comes_back_the_same() -> None:
     text = json.dumps(PROMISE.to_json(), allow_nan=False)
-    assert read_promise(json.loads(text)) == PROMISE
-    assert read_promise(json.loads(json.dumps(NONE.to_json(), allow_nan=False))) == NONE
+    assert Promise.from_json(json.loads(text)) == PROMISE
+    assert Promise.from_json(json.loads(json.dumps(NONE.to_json(), allow_nan=False))) == NONE
+
+
+def test_a_threshold_that_every_score_reaches_does_not_come_back_as_never() -> None:
+    made = replace(PROMISE, tau=(-NEVER, 0.9), grid=(*PROMISE.grid[:-1], (-NEVER, -NEVER)))
+    record = json.loads(json.dumps(made.to_json(), allow_nan=False))
+    assert record["tau"] == ["-inf", 0.9]
+    assert Promise.from_json(record) == made
 
 
 # --- latency

@@ -31,7 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help=".npz or .safetensors with one array [samples, ...] for each input of the model",
+        help=".npz or .safetensors with one array [samples, ...] for each input of the model; "
+        "`labels` beside them are the classes of the samples",
     )
     add_capture(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print the folder only")

@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help=".npz or .safetensors of new rows, an array [samples, ...] an input: judge by them "
-        "whether early exits keep their promise",
+        "whether early exits keep their promise; a promise of errors needs `labels` beside them",
     )
     add_trust(parser)
 
