@@ -3,7 +3,8 @@
 A model can end early only there. A value is a *feature* if it comes from what the inputs hold and
 from learned weights, through a layer. A cut is a feature that lies on every way from the first
 features to the outputs. Masks, positions and biases by position are no features: they are made from
-the inputs, from sizes or from weights alone, and are at hand wherever the model ends.
+the inputs, from sizes or from weights alone, and are at hand wherever the model ends. Nor are the
+heads of exits: the model goes on as if they were not there.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from torch import nn
 from torch.fx import Node
 
 from effopt.attention import SDPA
-from effopt.axes import same_size
+from effopt.axes import same_size, same_sizes
 from effopt.axis_table import family
 from effopt.cost import macs_by_node
 from effopt.errors import PreconditionError
+from effopt.exits import find_exits
 from effopt.kernel import kernel
 from effopt.masks import ACTIVATIONS
 from effopt.program import Program, is_tensor, shape, value
@@ -81,6 +83,23 @@ def content(program: Program) -> set[Node]:
     return found
 
 
+def beside(program: Program) -> set[Node]:
+    """Return what is computed for exits alone: heads, scores, and which exit rows take (Analysis).
+
+    From there no way leads to an output but through an exit.
+    """
+    exits = program.get(find_exits)
+    if exits is None:
+        return set()
+    choose, ends = kernel("choose_exit").op, set(exits.ends.values())
+    found = {exits.index}
+    for node in reversed(list(program.nodes())):
+        leaves = node not in ends and all(u in found or u.target is choose for u in node.users)
+        if node.op == "call_function" and node.users and leaves:
+            found.add(node)
+    return found
+
+
 def _holds_tensors(node: Node) -> bool:
     return is_tensor(node) or isinstance(value(node), (tuple, list))
 
@@ -106,7 +125,7 @@ class _Flow:
 
 
 def _flow(program: Program) -> _Flow:
-    features = _features(program)
+    features = _features(program) - program.get(beside)
     useful = set[Node]()
     for node in reversed(list(program.nodes())):
         if node in features and any(u.op == "output" or u in useful for u in node.users):
@@ -159,11 +178,24 @@ def _on_every_way(flow: _Flow) -> Iterator[Node]:
 
 
 def _is_residual(node: Node, whole: set[Node], flow: _Flow) -> bool:
-    """Tell whether a node adds a branch to a value that carries everything, or to an input."""
+    """Tell whether a node adds a branch to a value that carries everything, or to an input.
+
+    Or puts tokens that passed a block by behind those that did not.
+    """
+    if node.target is aten.cat.default:
+        return any(_is_cut_from(arg, whole, node) for arg in flow.operands(node))
     operands = [arg for arg in node.all_input_nodes if arg in flow.held]
     if node.target is not aten.add.Tensor or len(operands) < 2:
         return False
     return any(arg not in flow.nodes or arg in whole for arg in _terms(node, flow))
+
+
+def _is_cut_from(part: Node, whole: set[Node], node: Node) -> bool:
+    """Tell whether a value is a range of another that carries everything, shaped as a node."""
+    source = part.args[0] if part.target is aten.slice.Tensor else None
+    if not isinstance(source, Node) or source not in whole:
+        return False
+    return same_sizes(shape(source), shape(node))
 
 
 def _terms(node: Node, flow: _Flow) -> set[Node]:
@@ -193,8 +225,16 @@ def _last_alike(joins: list[Node]) -> Node:
     Tokens may leave between the two.
     """
     rank, width = len(shape(joins[0])), shape(joins[0])[-1]
-    sizes = ((join, shape(join)) for join in joins)
+    laid = [_laid_out(join, rank) for join in joins]
+    sizes = ((join, shape(join)) for join in laid)
     return [n for n, size in sizes if len(size) == rank and same_size(size[-1], width)][-1]
+
+
+def _laid_out(node: Node, rank: int) -> Node:
+    """Return the view that gives a sum of flattened tokens the rank of the stream, if one does."""
+    reader = next(iter(node.users))
+    flat = len(node.users) == 1 and len(shape(node)) != rank
+    return reader if flat and family(reader) == "view" and len(shape(reader)) == rank else node
 
 
 def _settled(ends: list[Node], sums: list[Node], flow: _Flow) -> list[Node]:

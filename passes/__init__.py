@@ -12,6 +12,8 @@ TABLE = {
     "split-constants": "effopt.passes.split_constants:SplitConstants",
     "merge-tokens": "effopt.passes.merge_tokens:MergeTokens",
     "prune-tokens": "effopt.passes.prune_tokens:PruneTokens",
+    "drop-layers": "effopt.passes.drop_layers:DropLayers",
+    "skip-positions": "effopt.passes.skip_positions:SkipPositions",
     "exit-early": "effopt.passes.exit_early:ExitEarly",
     "quantize": "effopt.passes.quantize:Quantize",
 }

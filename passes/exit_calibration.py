@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from effopt.axis_rules import argument
 from effopt.backend import Array, as_array, backend
 from effopt.errors import PreconditionError, UsageError
 from effopt.exit_losses import any_exit_losses, exits_taken, grid
 from effopt.exits import probe, set_thresholds
 from effopt.fingerprint import fingerprint
+from effopt.kernel import kernel
 from effopt.losses import LOSSES, losses_of
 from effopt.passes.exit_rows import Order, fit_rows, with_batches
 from effopt.program import Program
 from effopt.promise import Promise
-from effopt.risk import choose, curve, require_samples
+from effopt.risk import Choice, Curve, choose, curve, require_samples
 from effopt.risk_rules import RULES
 from effopt.segments import costs
 
@@ -76,21 +78,42 @@ def calibrate(program: Program, original: Program, wish: Wish, order: str) -> Pr
         reason = "the calibration data is not, or not in the order, that heads were fitted on"
         remedy = "do not shuffle it: a sample that fits a head must not calibrate a threshold"
         raise PreconditionError("model", reason, remedy)
+    found = _choose(wish, seen)
+    set_thresholds(program, found.tau)
+    return _promise(program, wish, seen, found, engine)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a rule chose: guarded thresholds, of a path [K+1, E] with losses [n, K+1] along it."""
+
+    choice: Choice
+    tau: tuple[float, ...]
+    path: Array
+    table: Array
+    curve: Curve
+
+
+def _choose(wish: Wish, seen: "_Seen") -> _Found:
+    """Choose thresholds by the rule; PreconditionError where none can keep the promise."""
+    rule = wish.rule if seen.whole else RULES[wish.rule].fractional or wish.rule
     try:
-        require_samples(len(seen.scores), wish.rule, wish.epsilon, wish.level)
+        require_samples(len(seen.scores), rule, wish.epsilon, wish.level)
         path = grid(seen.fitted, STEPS)
         table = any_exit_losses(seen.scores, seen.losses, path, seen.base)
-        rule = _rule(wish, table)
         choice = choose(table, rule, wish.epsilon, wish.level)
-        tau = _guarded(path[choice.index])
-        found = curve(table, rule, wish.level)
+        bounds = curve(table, rule, wish.level)
     except UsageError as error:
         raise PreconditionError("model", error.reason, error.remedy) from error
-    set_thresholds(program, tau.tolist())
-    taken = exits_taken(seen.rows, tau)
-    made = np.bincount(taken, minlength=len(tau) + 2)[1:] / len(taken)
+    tau = tuple(_guarded(path[choice.index]).tolist())
+    return _Found(choice, tau, path, table, bounds)
+
+
+def _promise(program: Program, wish: Wish, seen: "_Seen", found: _Found, engine: str) -> Promise:
+    taken = exits_taken(seen.rows, np.array(found.tau, np.float32))
+    shares = np.bincount(taken, minlength=len(found.tau) + 2)[1:] / len(taken)
     return Promise(
-        rule=choice.rule,
+        rule=found.choice.rule,
         epsilon=wish.epsilon,
         delta=wish.level,
         loss=wish.loss,
@@ -98,36 +121,42 @@ def calibrate(program: Program, original: Program, wish: Wish, order: str) -> Pr
         unit=wish.unit,
         output=wish.output,
         position=wish.position,
-        samples=choice.samples,
-        fitted=int(marks.sum()),
+        samples=found.choice.samples,
+        fitted=len(seen.fitted),
         rows=seen.order,
         engine=engine,
         graph=fingerprint(program),
-        tau=tuple(tau.tolist()),
-        index=choice.index,
-        risk=float(table[:, choice.index].mean()),
-        shares=tuple(made.tolist()),
-        cost=float(np.dot(made, costs(program))),
-        grid=tuple(tuple(row) for row in path.tolist()),
-        risks=found.risk,
-        bounds=found.upper,
+        tau=found.tau,
+        index=found.choice.index,
+        risk=float(found.table[:, found.choice.index].mean()),
+        shares=tuple(shares.tolist()),
+        cost=float(np.dot(shares, costs(program))),
+        grid=tuple(tuple(row) for row in found.path.tolist()),
+        risks=found.curve.risk,
+        bounds=found.curve.upper,
     )
 
 
-def said(promise: Promise) -> tuple[str, ...]:
+def said(promise: Promise, program: Program) -> tuple[str, ...]:
     """Say what came out, for people."""
     if not promise.exits:
         return (f"no row may leave: no threshold keeps {promise.words()}",)
     early = 1 - promise.shares[-1]
     gains = f"{early:.1%} of samples leave early; a sample costs {promise.cost:.2f} of the model"
-    return (promise.words(), gains)
+    return (promise.words(), gains, *([_SHARED] if _share_ranges(program) else []))
 
 
-def _rule(wish: Wish, table: Array) -> str:
-    """Name the rule for the losses that there can be, not for those that happen to be there."""
-    each = wish.unit == "token" or bool(np.isin(table, (0, 1)).all())
-    whole = LOSSES[wish.loss].whole and each
-    return wish.rule if whole else RULES[wish.rule].fractional or wish.rule
+_SHARED = (
+    "rows of a batch share the ranges of 8-bit activations, so that scores depend on the batch: "
+    "calibrate in batches as they will come, or quantize with activations=row"
+)
+
+
+def _share_ranges(program: Program) -> bool:
+    """Tell whether a layer rounds the activations of all rows together, at run time."""
+    operator = kernel("quantized_linear").op
+    layers = (node for node in program.nodes() if node.target is operator)
+    return any(argument(node, "activations") == "tensor" for node in layers)
 
 
 def _guarded(limits: Array) -> Array:
@@ -144,7 +173,8 @@ class _Seen:
     """Scores [n, E] of units, their losses [n, E], and `base` [n] of the end, by the reference.
 
     `rows` [r, E] are the scores of samples, each once; `fitted` those of the samples that fit.
-    `order` is the hash of all samples as they came.
+    `order` is the hash of all samples as they came. Losses are 0 and 1 alone where they are
+    `whole`: by what they are, not by those that happen to be there.
     """
 
     scores: Array
@@ -153,6 +183,7 @@ class _Seen:
     rows: Array
     fitted: Array
     order: str
+    whole: bool
 
 
 def _observe(program: Program, original: Program, wish: Wish, run: Run, marks: Tensor) -> _Seen:
@@ -181,7 +212,8 @@ def _observe(program: Program, original: Program, wish: Wish, run: Run, marks: T
         base.append(never)
     parts = (scores, losses, base, rows, fitted)
     one, two, three, four, five = (np.concatenate(part) for part in parts)
-    return _Seen(one, two, three, four, five, order.digest())
+    whole = LOSSES[wish.loss].whole and (wish.unit == "token" or end.ndim == 2)
+    return _Seen(one, two, three, four, five, order.digest(), whole)
 
 
 def _judged(answer: Array, wish: Wish) -> Array:

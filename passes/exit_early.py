@@ -204,7 +204,7 @@ class ExitEarly:
         promise = calibrate(program, original, wish, facts["order"])
         program.promise = promise
         rows = [{name: row[name] for name in ("path", "block", "share")} for row in facts["exits"]]
-        return Outcome(True, said(promise), {"promise": promise.to_json(), "exits": rows})
+        return Outcome(True, said(promise, program), {"promise": promise.to_json(), "exits": rows})
 
     def _plan(self, program: Program) -> Plan:
         return plan_exits(program, Asked(self.cuts, self.head, self.pool, self.score))

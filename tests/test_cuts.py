@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from effopt.cost import macs, macs_by_node
 from effopt.cuts import Cut, find_cuts
 from effopt.program import Program, module_path
+from tests import exited
 from tests.check import Check
 from tests.programs import captured, normal
 from tests.spellings import WIDTH, ParallelBlock, ScaledBlock
@@ -103,6 +104,28 @@ def test_blocks_that_add_to_an_input_itself() -> None:
             return self.blocks(x).mean(1)
 
     assert blocks(find_cuts(program_of(Bare()))) == [0, 1]
+
+
+def test_a_stream_that_is_flattened_around_the_mlp_has_cuts_where_it_is_laid_out_again() -> None:
+    """As in OPT: the second sum of a block is [B * N, C], and a view of it is the stream."""
+
+    class Flat(ScaledBlock):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = x + self.attn(self.norm1(x), mask)
+            flat = x.reshape(-1, WIDTH)
+            return (flat + self.mlp(self.norm2(flat))).view(x.shape)
+
+    assert places(cuts_of(straight, Flat)) == [
+        (f"blocks.{n}", "aten.reshape.default") for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "dinov2"])
+def test_exits_hang_on_the_stream_and_change_no_cut(name: str) -> None:
+    """Their answers are chosen among at the end: only the model's own way there counts."""
+    program = exited.of_zoo(name)
+    assert places(find_cuts(program)) == places(find_cuts(normal(name)))
+    assert len(find_cuts(program)) == 3
 
 
 def test_no_cut_under_a_long_skip() -> None:

@@ -119,6 +119,8 @@ def test_passes_of_one_recipe_come_first_wherever_they_stand() -> None:
         "exit-early (finish)",
     ]
     assert promise_of(optimized).graph != promise_of(usual()).graph
+    (*_, shared) = optimized.report.steps[-1].notes
+    assert "activations=row" in shared  # of the batch, as int8-dynamic goes by tensor
 
 
 def test_one_changed_weight_voids_the_promise(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_other_rules_promise_as_well(rule: str) -> None:
 
 def test_where_nothing_may_leave_it_is_said() -> None:
     promise = replace(promise_of(usual()), index=0, tau=(np.inf,), shares=(0.0, 1.0))
-    (words,) = said(promise)
+    (words,) = said(promise, usual().program)
     assert words.startswith("no row may leave: no threshold keeps disagree against")
 
 
