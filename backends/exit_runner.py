@@ -33,7 +33,7 @@ class ExitRunner:
         """
         split = read_split(record, signature, folder)
         runs = [
-            Session(folder / part.file, part.signature, check_only=check_only).run
+            Session(folder / part.file, part.signature, check_only=check_only, alone=False).run
             for part in split.segments
         ]
         self.flow = _flow(split, runs, signature)

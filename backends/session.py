@@ -22,14 +22,18 @@ def runtime() -> Support:
 class Session:
     """A model file in onnxruntime on the CPU: flat arrays in and out, in the signature's order."""
 
-    def __init__(self, path: Path, signature: Signature, *, check_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, signature: Signature, *, check_only: bool = False, alone: bool = True
+    ) -> None:
         """Check the file, then open it; `check_only` skips what makes it fast and takes memory.
 
+        Where it is not `alone`, and others of the process take turns with it, its threads do not
+        spin for work: those of segments took two to three times as long, beside each other.
         Raises UnsafeFileError for a file that is no plain model, MissingError where onnxruntime
         is not installed, VerificationError where it cannot load the file.
         """
         pairs = bool(check_file(path) & FLOAT8)
-        self._session = _open(path, check_only, pairs=pairs)
+        self._session = _open(path, check_only, pairs=pairs, alone=alone)
         self._inputs = [spec.port for spec in signature.inputs]
         self._outputs = [spec.port for spec in signature.outputs]
         found = [port.name for port in self._session.get_inputs()]
@@ -64,7 +68,12 @@ def optimize(path: Path, into: Path) -> None:
 
 
 def _open(
-    path: Path, check_only: bool, optimized: Path | None = None, *, pairs: bool = False
+    path: Path,
+    check_only: bool,
+    optimized: Path | None = None,
+    *,
+    pairs: bool = False,
+    alone: bool = True,
 ) -> Any:
     """Open a file; `pairs` leaves quantize-dequantize pairs where they are.
 
@@ -80,6 +89,8 @@ def _open(
     if check_only:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not alone:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if pairs:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimized is not None:

@@ -151,8 +151,13 @@ class Edit:
     def close(self) -> bool:
         """Drop dead nodes if something changed, and say whether it did."""
         if self.count:
-            self.graph.eliminate_dead_code()
+            self.graph.eliminate_dead_code(_is_kept)
             self.program.module.delete_all_unused_submodules()
             self.program.module.recompile()
             self.program.changed()
         return self.count > 0
+
+
+def _is_kept(node: Node) -> bool:
+    """Tell whether a node stays without readers; torch keeps attention too, which may be random."""
+    return node.op in ("placeholder", "output")

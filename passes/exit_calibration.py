@@ -30,8 +30,8 @@ from effopt.segments import costs
 GUARD = 1e-4
 """What is added to a threshold, of its size: a batch of another size gives other last digits."""
 
-STEPS = 200
-"""Thresholds that are tried."""
+STEPS = 500
+"""Thresholds that are tried; in order, so that more of them cost no confidence."""
 
 Run = Callable[[tuple[Tensor, ...]], list[Array]]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
-from effopt.passes.exit_heads import Head, by_class, deviation_of, fitness
+from effopt.passes.exit_heads import Head, by_class, deviation_of
 
 _RATE = 1e-3
 """Adam's step, in units of features of deviation 1."""
@@ -26,8 +26,8 @@ def polish(
 ) -> Head:
     """Train a head on rows of features [n, F] and wanted [n, C]; keep it if it is better.
 
-    Better on the rows `held`, by agreement and then by what was descended. All rows are one batch,
-    so nothing is drawn. `classes` as of `fitness`.
+    Better on the rows `held`, by what was descended: agreement there would be noise, of a few
+    hundred rows. All rows are one batch, so nothing is drawn. `classes` as of `fitness`.
     """
     features, wanted = (x.double() for x in rows)
     mean = features.mean(0)
@@ -44,12 +44,10 @@ def polish(
     folded = weight.detach() / scale
     trained = Head(folded, bias.detach() - folded @ mean, head.lam)
 
-    def worth(one: Head) -> tuple[float, float]:
-        given = one(held[0])
-        wrong = float(_divergence(given, held[1].double(), classes))
-        return fitness(one, *held, classes)[0], -wrong
+    def wrong(one: Head) -> float:
+        return float(_divergence(one(held[0]), held[1].double(), classes))
 
-    return max(head, trained, key=worth)
+    return min(head, trained, key=wrong)
 
 
 def _divergence(given: Tensor, wanted: Tensor, classes: int) -> Tensor:

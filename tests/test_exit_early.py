@@ -94,7 +94,7 @@ return choose_exit_default, exit_index
 @pytest.mark.parametrize(
     ("options", "head", "answer", "form"),
     [
-        ("cuts=1", HEAD, "linear_default", "if"),
+        ("cuts=1", HEAD, "linear_default", "compact"),
         ("cuts=[0],head=lens,lower=compact", LENS, "linear_5", "compact"),
     ],
 )
@@ -133,7 +133,7 @@ def test_the_lowering_follows_the_target() -> None:
     tester = check()
     tester.program = replace(tester.program, target=target("a100"))
     assert exits_in(tester.run("exit-early{epsilon=0.05}").program).form == "split"
-    assert exits_in(exited()).form == "if"
+    assert exits_in(exited()).form == "compact"
 
 
 # --- rows -------------------------------------------------------------------------------------

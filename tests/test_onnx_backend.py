@@ -14,8 +14,8 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from effopt.backend import Runner, as_array, backend
 from effopt.backends import onnx_file

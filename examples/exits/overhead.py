@@ -54,13 +54,16 @@ Session = Any
 """onnxruntime.InferenceSession, which has no types."""
 
 
-def model(small: bool) -> tuple[nn.Module, tuple[int, ...]]:
+def model(small: bool) -> tuple[nn.Module, tuple[int, int, int]]:
     """Make a ViT-S/16 with random weights, and the sizes of an image."""
-    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
-    tiny = {"hidden_size": 64, "num_attention_heads": 2, "image_size": 64, "intermediate_size": 128}
-    config = transformers.ViTConfig(**(tiny if small else sizes), num_labels=1000)
+    side = 64 if small else 224
+    sizes: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6}
+    if small:
+        sizes = {"hidden_size": 64, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 4 * sizes["hidden_size"], "image_size": side}
+    config = transformers.ViTConfig(**{**sizes, "num_labels": 1000})
     made: nn.Module = transformers.ViTForImageClassification(config)
-    return made.eval(), (3, config.image_size, config.image_size)
+    return made.eval(), (3, side, side)
 
 
 def with_exits(program: Program, form: str) -> Program:
