@@ -119,9 +119,7 @@ def test_polish_is_never_worse_on_held_out_rows(seed: int) -> None:
     rows, held = draw(120, seed=seed), draw(60, seed=seed + 50)
     for head in fitted([rows])[::2]:
         polished = polish(head, rows, held, 4, 50)
-        assert fitness(polished, *held, 4)[0] >= fitness(head, *held, 4)[0]
-        if polished is not head and fitness(polished, *held, 4)[0] == fitness(head, *held, 4)[0]:
-            assert loss(polished, held) < loss(head, held)
+        assert polished is head or loss(polished, held) < loss(head, held)
 
 
 def test_polish_lowers_what_it_descends() -> None:
