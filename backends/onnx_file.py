@@ -142,5 +142,6 @@ def _forget(model: ir.Model) -> None:
 
 
 def _weight_bytes(graph: ir.Graph) -> int:
-    constants = (value.const_value for value in graph.initializers.values())
+    graphs = (graph, *graph.subgraphs())
+    constants = (value.const_value for one in graphs for value in one.initializers.values())
     return sum(tensor.nbytes for tensor in constants if tensor is not None)

@@ -51,7 +51,7 @@ def _no_row(node: Node) -> str:
     return f"{node.target} computes a number from the tokens"
 
 
-def _acts_along(node: Node, kind: str) -> tuple[int, ...]:
+def acts_along(node: Node, kind: str) -> tuple[int, ...]:
     """Return the dimensions along which an operator works: reduces, picks, orders or attends."""
     row = EFFECTS[kind]
     if isinstance(row, Along):
@@ -61,7 +61,7 @@ def _acts_along(node: Node, kind: str) -> tuple[int, ...]:
 
 def _mixes(node: Node, kind: str, tokens: Tokens) -> str:
     """Say why an operator compares what each sample keeps by itself, or cuts it in the middle."""
-    places = _acts_along(node, kind)
+    places = acts_along(node, kind)
     if not places or not tokens.on(first(node)):
         return ""
     x = first(node)

@@ -66,11 +66,11 @@ class Promise:
     def words(self) -> str:
         """Say the promise in a line."""
         other = {"self": "the engine that never exits", "original": "the original model"}
-        what = f"{LOSSES[self.loss].title} against {other[self.reference]}"
-        level = "on average" if self.delta is None else f"with {1 - self.delta:.0%} confidence"
-        return (
-            f"{what} at most {self.epsilon:.2%} {level} ({self.rule}, {self.samples} {self.unit}s)"
-        )
+        place = "" if self.position is None else " at the last token"
+        what = f"{LOSSES[self.loss].title}{place} against {other[self.reference]}"
+        sure = f"with {100 * (1 - self.delta):.6g}% confidence" if self.delta else "on average"
+        most = f"{self.epsilon:.2%}" if self.epsilon >= 1e-3 else f"{100 * self.epsilon:.3g}%"
+        return f"{what} at most {most} {sure} ({self.rule}, {self.samples} {self.unit}s)"
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON types; a threshold that is infinite is written in words."""

@@ -13,7 +13,7 @@ from effopt.apart import check_folder, time_folders
 from effopt.backend import Artifact, Backend, as_array, backend
 from effopt.engine import Engine, check
 from effopt.errors import PreconditionError, VerificationError
-from effopt.exits import with_thresholds, without_exits
+from effopt.exits import find_exits, with_thresholds, without_exits
 from effopt.fingerprint import fingerprint
 from effopt.optimizer import Clock, Optimized, named, refresh
 from effopt.program import Program
@@ -118,8 +118,11 @@ def _promised(program: Program) -> dict[str, Any]:
     promise = program.promise
     if promise is None:
         return {}
-    if promise.graph != fingerprint(program):
-        reason = "the graph was changed after its exits were calibrated, and their promise is void"
+    exits = program.get(find_exits)
+    changed = exits is None or tuple(exits.thresholds(program).tolist()) != promise.tau
+    if changed or promise.graph != fingerprint(program):
+        what = "thresholds were" if changed else "the graph was"
+        reason = f"{what} changed after the exits were calibrated, and their promise is void"
         remedy = "put every pass and exit-early in one recipe: calibration comes last by itself"
         raise PreconditionError("model", reason, remedy)
     return {"exits": {"promise": promise.to_json()}}

@@ -7,7 +7,6 @@ inputs of the model and values that earlier ones have computed; sizes it takes o
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.fx import Graph, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from effopt.cost import macs_by_node
 from effopt.errors import PreconditionError
 from effopt.exits import Exits, find_exits
 from effopt.program import Program, is_tensor, value, where
@@ -98,7 +96,7 @@ def segments(program: Program) -> tuple[Segment, ...]:
     """
     exits = program.get(find_exits)
     assert exits is not None, "a program with exits"
-    stages = _Stages(program, exits)
+    stages = Stages(program, exits)
     known = dict(zip((node.name for node in program.inputs()), program.samples, strict=True))
     found = []
     for place in range(len(exits.exits) + 1):
@@ -110,28 +108,7 @@ def segments(program: Program) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def costs(program: Program) -> tuple[float, ...]:
-    """Return what it costs to leave at each exit, and at the end, over the model without exits.
-
-    In multiply-accumulates; the last is above 1 by the heads. Raises PreconditionError where a
-    size depends on data.
-    """
-    exits = program.get(find_exits)
-    assert exits is not None, "a program with exits"
-    stages, counts = _Stages(program, exits), macs_by_node(program)
-    own, todo = set[Node](), list(exits.ends.values())
-    while todo:
-        node = todo.pop()
-        todo += [] if node in own else node.all_input_nodes
-        own.add(node)
-    whole = sum(counts[node] for node in own) or 1
-    sums = [0] * (len(exits.exits) + 1)
-    for node, place in stages.of.items():
-        sums[place] += counts[node]
-    return tuple(total / whole for total in accumulate(sums))
-
-
-class _Stages:
+class Stages:
     """Which segment computes each value, counted from 0; inputs, weights and sizes have none."""
 
     def __init__(self, program: Program, exits: Exits) -> None:
@@ -176,7 +153,7 @@ def _is_size(node: Node) -> bool:
 class _Cutter:
     """Copies one segment of a program into a graph of its own."""
 
-    def __init__(self, program: Program, stages: _Stages, place: int) -> None:
+    def __init__(self, program: Program, stages: Stages, place: int) -> None:
         self.program, self.stages, self.place = program, stages, place
         self.graph = Graph()
         self.copied: dict[Node, Node] = {}

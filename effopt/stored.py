@@ -25,7 +25,7 @@ def stored_samples(program: Program, original: Program) -> tuple[Tensor, ...]:
     if data is None or program.get(find_exits) is None:
         return original.samples
     axes = [_rows(spec.shape) for spec in original.signature.inputs]
-    last = deque(data, maxlen=ROWS)
+    last = deque((_tail(batch, axes) for batch in data), maxlen=ROWS)
     alike = [batch for batch in last if _others(batch, axes) == _others(last[-1], axes)]
     if all(axis is None for axis in axes):
         return last[-1]
@@ -45,6 +45,11 @@ def _others(batch: Sequence[Tensor], axes: Sequence[int | None]) -> list[list[in
     return [[size for n, size in enumerate(x.shape) if n != axis] for x, axis in pairs]
 
 
+def _tail(batch: Sequence[Tensor], axes: Sequence[int | None]) -> tuple[Tensor, ...]:
+    """Keep no more of a batch than may be stored."""
+    return tuple(x if axis is None else _end(x, axis) for x, axis in zip(batch, axes, strict=True))
+
+
 def _end(joined: Tensor, axis: int) -> Tensor:
     count = min(ROWS, joined.shape[axis])
-    return joined.narrow(axis, joined.shape[axis] - count, count).contiguous()
+    return joined.narrow(axis, joined.shape[axis] - count, count).clone()

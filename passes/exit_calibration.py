@@ -5,9 +5,10 @@ thresholds too; the others alone are counted.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 from effopt.axis_rules import argument
 from effopt.backend import Array, as_array, backend
 from effopt.errors import PreconditionError, UsageError
+from effopt.exit_costs import costs
 from effopt.exit_losses import any_exit_losses, exits_taken, grid
-from effopt.exits import probe, set_thresholds
+from effopt.exits import find_exits, probe, set_thresholds
 from effopt.fingerprint import fingerprint
 from effopt.kernel import kernel
 from effopt.losses import LOSSES, losses_of
@@ -25,10 +27,18 @@ from effopt.program import Program
 from effopt.promise import Promise
 from effopt.risk import Choice, Curve, choose, curve, require_samples
 from effopt.risk_rules import RULES
-from effopt.segments import costs
+from effopt.segments import row_places, segments
 
 GUARD = 1e-4
 """What is added to a threshold, of its size: a batch of another size gives other last digits."""
+
+MOST: Mapping[str, float] = MappingProxyType(
+    {"max": 1.0, "probability-margin": 1.0, "entropy": 1.0, "saturation": 1.0}
+)
+"""The largest score there can be, by kind: above it a threshold would stop every row."""
+
+WHOLE = "patience"
+"""The kind of score that is a count, and has no last digits."""
 
 STEPS = 500
 """Thresholds that are tried; in order, so that more of them cost no confidence."""
@@ -51,6 +61,7 @@ class Wish:
     reference: str
     unit: str
     share: float
+    score: str
     output: str
     position: int | None
 
@@ -70,6 +81,7 @@ def calibrate(program: Program, original: Program, wish: Wish, order: str) -> Pr
     """
     data = program.calibration
     assert data is not None, "exit-early refuses without calibration"
+    _check_segments(program)
     marks = fit_rows(data.samples, wish.share)
     with tempfile.TemporaryDirectory(prefix="effopt-") as scratch:
         run, engine = _engine(probe(program, wish.output), Path(scratch))
@@ -81,6 +93,15 @@ def calibrate(program: Program, original: Program, wish: Wish, order: str) -> Pr
     found = _choose(wish, seen)
     set_thresholds(program, found.tau)
     return _promise(program, wish, seen, found, engine)
+
+
+def _check_segments(program: Program) -> None:
+    """Raise PreconditionError where the exits cannot be lowered, ahead of the work."""
+    exits = program.get(find_exits)
+    assert exits is not None, "a program with exits"
+    parts = segments(program)
+    if exits.form != "if":
+        row_places(parts)
 
 
 @dataclass(frozen=True)
@@ -105,7 +126,7 @@ def _choose(wish: Wish, seen: "_Seen") -> _Found:
         bounds = curve(table, rule, wish.level)
     except UsageError as error:
         raise PreconditionError("model", error.reason, error.remedy) from error
-    tau = tuple(_guarded(path[choice.index]).tolist())
+    tau = tuple(_guarded(path[choice.index], wish.score).tolist())
     return _Found(choice, tau, path, table, bounds)
 
 
@@ -143,7 +164,10 @@ def said(promise: Promise, program: Program) -> tuple[str, ...]:
         return (f"no row may leave: no threshold keeps {promise.words()}",)
     early = 1 - promise.shares[-1]
     gains = f"{early:.1%} of samples leave early; a sample costs {promise.cost:.2f} of the model"
-    return (promise.words(), gains, *([_SHARED] if _share_ranges(program) else []))
+    notes = [_SHARED] if _share_ranges(program) else []
+    if program.target is not None and program.target.gpu:
+        notes.append(f"calibrated with {promise.engine}: calibrate again on the device")
+    return (promise.words(), gains, *notes)
 
 
 _SHARED = (
@@ -159,10 +183,13 @@ def _share_ranges(program: Program) -> bool:
     return any(argument(node, "activations") == "tensor" for node in layers)
 
 
-def _guarded(limits: Array) -> Array:
+def _guarded(limits: Array, score: str) -> Array:
     """Raise thresholds a little, which lets fewer rows leave."""
+    if score == WHOLE:
+        return limits.astype(np.float32)
     raised = limits + GUARD * np.maximum(np.abs(limits), 1e-2)
-    return np.where(np.isinf(limits), limits, raised).astype(np.float32)
+    most = np.maximum(limits, MOST.get(score, np.inf))
+    return np.where(np.isinf(limits), limits, np.minimum(raised, most)).astype(np.float32)
 
 
 # --- observing ----------------------------------------------------------------------------------
@@ -233,4 +260,5 @@ def _engine(program: Program, folder: Path) -> tuple[Run, str]:
         return lambda batch: [as_array(x.float()) for x in program.run(batch)], "eager torch"
     built = vendor.build(program, target, folder)
     runner = vendor.load(folder, program.signature.with_ports(built.ports), built.facts)
-    return lambda batch: runner.run([as_array(x) for x in batch]), f"{vendor.name} on {target.name}"
+    engine = "onnxruntime on a CPU" if target.gpu else f"{vendor.name} on {target.name}"
+    return lambda batch: runner.run([as_array(x) for x in batch]), engine

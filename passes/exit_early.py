@@ -23,13 +23,13 @@ from effopt.errors import PreconditionError, UsageError, unknown
 from effopt.exits import insert_exits
 from effopt.losses import LOSSES, Loss
 from effopt.passes.exit_calibration import Wish, calibrate, said
-from effopt.passes.exit_fit import FIT, Fit, agreements, fit_heads, marks
-from effopt.passes.exit_labels import check_labels
+from effopt.passes.exit_checks import check_options, check_samples
+from effopt.passes.exit_fit import Fit, agreements, fit_heads
 from effopt.passes.exit_nodes import Heads, read_features, score
 from effopt.passes.exit_plan import SATURATION, Asked, Plan, plan_exits
 from effopt.passes.exit_reads import POOLS
 from effopt.pipeline import Outcome
-from effopt.program import Program, module_path, where
+from effopt.program import Program, module_path
 from effopt.report import StepRecord
 from effopt.risk import least_samples
 from effopt.risk_rules import RULES
@@ -49,7 +49,7 @@ _WORDS = {
 }
 
 
-_PROMISED = ("rule", "epsilon", "delta", "loss", "reference", "unit", "share")
+_PROMISED = ("score", "rule", "epsilon", "delta", "loss", "reference", "unit", "share")
 """The options that say what calibration has to keep."""
 
 
@@ -167,8 +167,8 @@ class ExitEarly:
         """Refuse without enough data, a cut, or outputs that heads can be fitted to."""
         try:
             plan = self._plan(program)
-            self._check_options(program, plan)
-            self._check_samples(program, plan)
+            check_options(program, plan, self, self._form(program))
+            check_samples(program, plan, self)
         except PreconditionError as refusal:
             return [refusal]
         return []
@@ -208,50 +208,6 @@ class ExitEarly:
 
     def _plan(self, program: Program) -> Plan:
         return plan_exits(program, Asked(self.cuts, self.head, self.pool, self.score))
-
-    def _check_options(self, program: Program, plan: Plan) -> None:
-        """Raise PreconditionError where options do not meet the plan, or what data there are."""
-        first = where(plan.streams[0].node)
-        if program.calibration is None:
-            reason = "exits are fitted to data and calibrated on it, and there is none"
-            raise PreconditionError("model", reason, "pass calibration=, or --calibration FILE")
-        widths = {plan.reads.features(stream) for stream in plan.streams}
-        if self.shared and len(widths) > 1:
-            reason = f"exits of {len(widths)} widths cannot share a head"
-            raise PreconditionError(first, reason, "leave shared out")
-        if self.polish and plan.reads.is_lens:
-            reason = "polish trains ridge heads, and outputs have tokens, which a lens serves"
-            raise PreconditionError(first, reason, "leave polish out")
-        if self.fit == "labels" and plan.reads.is_lens:
-            reason = "labels fit ridge heads, and outputs have tokens, which a lens serves"
-            raise PreconditionError(first, reason, "leave fit out")
-        if self.labelled:
-            check_labels(program, plan, self.labelled)
-
-    def _check_samples(self, program: Program, plan: Plan) -> None:
-        """Raise PreconditionError where there are too few samples to fit or to calibrate."""
-        data = program.calibration
-        assert data is not None, "checked"
-        # With as many samples as features, and the penalty chosen, 192 features of a network on
-        # digits agreed with it on .994 of others; with half as many .989, with twice .996.
-        marked = marks(data.samples, self.share)
-        wanted = max(plan.reads.features(stream) for stream in plan.streams)
-        fits, left = int((marked == FIT).sum()), int((marked == 0).sum())
-        if not plan.reads.is_lens and fits < wanted:
-            reason = (
-                f"a head of {wanted} features wants as many samples to fit, and of the "
-                f"{data.samples} of the calibration data {fits} fit"
-            )
-            remedy = "give more samples, raise share, or read less (pool=first or mean)"
-            raise PreconditionError(where(plan.streams[0].node), reason, remedy)
-        least = least_samples(self.rule, self.epsilon, self.level)
-        if left < least:
-            reason = (
-                f"{self.rule} with epsilon={self.epsilon:g} needs {least} samples to calibrate, "
-                f"and of the {data.samples} of the calibration data {left} are left for it"
-            )
-            remedy = "give more samples, lower share, or allow a larger epsilon"
-            raise PreconditionError("model", reason, remedy)
 
     def _scores(
         self, edit: Edit, plan: Plan, features: Sequence[Node], logits: Sequence[Node]

@@ -12,6 +12,7 @@ from effopt.cuts import Cut, find_cuts
 from effopt.errors import PreconditionError
 from effopt.passes.exit_reads import POOLS, Reads, Stream, reads_of
 from effopt.program import Program, is_tensor, shape, value, where
+from effopt.rows import mixes_rows
 from effopt.signature import EXIT_INDEX
 from effopt.sites import TokenAxis, find_tokens
 
@@ -69,6 +70,9 @@ def plan_exits(program: Program, asked: Asked) -> Plan:
         _check_shape(stream, end, reads)
     if reads.is_lens:
         _check_tail(program, streams[0], end, tail)
+    if mixing := mixes_rows(program, batch):
+        reason = "rows of a batch see each other here, so an answer depends on who else is there"
+        raise PreconditionError(where(mixing), reason, "let the model treat each row by itself")
     scored = _scored(answers, asked.score)
     position = _last_position(program, answers[scored])
     return Plan(tuple(streams), before, end, answers, scored, position, reads, tail)
@@ -179,7 +183,7 @@ def _scored(answers: dict[str, Node], score: str) -> str:
     found = next(several, None)
     if found is None:
         reason = f"no output gives scores of classes ({', '.join(answers)})"
-        raise PreconditionError("model", reason, "use score=saturation, which compares features")
+        raise PreconditionError("model", reason, "let the model return the scores of its classes")
     return found
 
 

@@ -143,7 +143,9 @@ def test_outputs_that_no_head_gives() -> None:
     )
 
 
-def test_an_output_without_classes_is_scored_by_features_alone() -> None:
+def test_an_output_of_one_number_a_row_promises_nothing() -> None:
+    """Its largest is always the same one: every row could leave, and the promise would be empty."""
+
     def one(net: Net, x: Tensor) -> Tensor:
         return net.head(x[:, 0])[:, :1]
 
@@ -151,11 +153,12 @@ def test_an_output_without_classes_is_scored_by_features_alone() -> None:
         check(one),
         """
         model: no output gives scores of classes (output)
-          remedy: use score=saturation, which compares features
+          remedy: let the model return the scores of its classes
         """,
     )
-    found = record_of(check(one), "cuts=[1],score=saturation")
-    assert found.facts["exits"][0]["agreement"] is None
+    place = r"loss=disagree compares several numbers a row, and 'output' has one"
+    with pytest.raises(PreconditionError, match=place):
+        check(one).run("exit-early{epsilon=0.05,cuts=[1],score=saturation}")
 
 
 def test_saturation_at_the_first_block() -> None:

@@ -169,6 +169,7 @@ OPTIONS: dict[str, st.SearchStrategy[dict[str, object]]] = {
             "normalize": st.booleans(),
         },
     ),
+    "drop-layers": st.fixed_dictionaries({"count": st.integers(1, 9)}),
     "quantize": st.fixed_dictionaries(
         {"scheme": st.sampled_from(sorted(SCHEMES))},
         optional={
