@@ -418,6 +418,7 @@ def test_an_exit_keeps_the_block_to_which_its_head_was_fitted() -> None:
     assert notes[0].startswith("block 2 (vit.layers.2) leaves")
 
 
+@pytest.mark.slow
 def test_drop_merge_exit_and_quantize_in_one_recipe() -> None:
     """Outputs without exits are those of the recipe without exit-early."""
     ahead, behind = (

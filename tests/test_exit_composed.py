@@ -24,6 +24,7 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
 SPEC = "exit-early{epsilon=0.05}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rest"),
     [

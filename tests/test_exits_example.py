@@ -71,6 +71,7 @@ def test_figures_by_hand() -> None:
     assert quality.figures(pool, rows, rows, quality.Way("crc"), 0.5).depth == 1.0
 
 
+@pytest.mark.slow
 def test_exits_of_one_training_over_few_draws(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,7 +44,9 @@ MODELS: dict[str, Callable[[], Program]] = {
     "bert-padded": lambda: of_zoo("bert"),
     "vit": lambda: of_zoo("vit"),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) if name == "vit" else name for name in MODELS]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) if name != "layouts" else name for name in MODELS
+]
 
 
 @functools.cache
@@ -133,6 +135,7 @@ def test_thresholds_have_a_default_in_the_file() -> None:
     assert dict(zip(names, left, strict=True))["exit_index"].tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_what_no_row_needs_does_not_run(tmp_path: Path) -> None:
     """With thresholds that all rows reach, later blocks are not executed: read from a profile."""
     program, folder, _ = engine("bert-padded", "if")

@@ -210,6 +210,7 @@ def model(name: str) -> tuple[nn.Module, Program]:
     return made, apply(program, NORMAL)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
 def test_it_is_a_loop_over_blocks_with_a_mask_by_position(name: str) -> None:
     module, program = model(name)
@@ -251,6 +252,7 @@ def test_llama_by_hand() -> None:
     agree(run(apply(program, HALF)[0], inputs), [want], 8)  # measured at most 2.4
 
 
+@pytest.mark.slow
 def test_an_engine_computes_the_same(tmp_path: Path) -> None:
     program, x = check(blocks=4).run(HALF).program, torch.randn(3, 5, 4)
     (got,) = exited.built(program, tmp_path).run([as_array(x)])
@@ -314,6 +316,7 @@ def test_cuts_are_found_where_tokens_come_together_again() -> None:
     assert second - first < third - second < last - third, "fewer tokens are less work"  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [

@@ -88,7 +88,8 @@ def test_outputs_named_like_values_of_segments(form: str, tmp_path: Path) -> Non
     assert seen == {1, 2, 3}
 
 
-@pytest.mark.parametrize("exits", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("exits", [1, 2])
 def test_a_mask_goes_on_with_its_rows(exits: int, tmp_path: Path) -> None:
     found = of_zoo("bert", dynamic=("batch", "length"), exits=exits)
     run = built(found, tmp_path).run
