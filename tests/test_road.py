@@ -3,6 +3,7 @@
 import functools
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,17 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+FEW = ("vit", "bert", "encoder_padded")
+"""Models that each test builds; the others, of the same kinds, are in the slow set."""
+
+
+def few(names: Iterable[str]) -> list[Any]:
+    """Mark all models but FEW as slow."""
+    slow = pytest.mark.slow
+    return [name if name in FEW else pytest.param(name, marks=slow) for name in names]
+
+
+@pytest.mark.parametrize("name", few(zoo.MODELS))
 def test_removing_nothing_equals_the_plain_export(
     name: str, tmp_path: Path, plain_folder: str
 ) -> None:
@@ -87,7 +98,7 @@ def test_removing_nothing_equals_the_plain_export(
             assert np.abs(got - expected).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", few(LOSSY))
 def test_the_engine_computes_what_the_rewritten_graph_does(name: str, tmp_path: Path) -> None:
     """Measured: at most 3e-6 on outputs of up to 6, matching and ranking included."""
     model, inputs = zoo.make(name)
@@ -105,7 +116,7 @@ def test_the_engine_computes_what_the_rewritten_graph_does(name: str, tmp_path: 
             assert np.abs(a - b).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["bert", "bert_tokens", "roberta"])
+@pytest.mark.parametrize("name", few(["bert", "bert_tokens", "roberta"]))
 def test_a_text_of_any_length_runs_in_one_engine(name: str, tmp_path: Path) -> None:
     model, inputs = zoo.make(name)
     dynamic = ("batch", "length")
