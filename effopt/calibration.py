@@ -16,6 +16,7 @@ from effopt.class_labels import labels_apart, read_labels, stored_labels
 from effopt.errors import UsageError
 from effopt.inputs import FORMS, read_inputs
 from effopt.program import Program
+from effopt.samples import check_names
 from effopt.signature import TensorSpec
 from effopt.spool import Spool
 
@@ -218,7 +219,7 @@ def calibration_file(
     file = Path(path)
     specs = program.signature.inputs
     arrays, held = labels_apart(open_arrays(file), [spec.name for spec in specs])
-    _check_names([spec.name for spec in specs], arrays, file)
+    check_names([spec.name for spec in specs], arrays, file)
     size, cut = _cutting(program, batch)
     for spec in specs:
         _check_array(spec, arrays[spec.name], spec.name in cut, file)
@@ -239,14 +240,6 @@ def calibration_file(
     if held is None:
         return data
     return replace(data, labels=torch.from_numpy(stored_labels(held, data.samples)))
-
-
-def _check_names(wanted: list[str], arrays: Mapping[str, Stored], file: Path) -> None:
-    missing = [name for name in wanted if name not in arrays]
-    extra = [name for name in arrays if name not in wanted]
-    if missing or extra:
-        found = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which is no input"
-        raise UsageError(f"{file} {found}", f"the inputs are {', '.join(wanted)}")
 
 
 def _cutting(program: Program, batch: int) -> tuple[int, frozenset[str]]:

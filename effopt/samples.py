@@ -78,7 +78,7 @@ def open_samples(path: Path, specs: Sequence[TensorSpec], batch: int = BATCH) ->
     `effopt.arrays`.
     """
     arrays, held = labels_apart(open_arrays(path), [spec.name for spec in specs])
-    _check_names([spec.name for spec in specs], arrays, path)
+    check_names([spec.name for spec in specs], arrays, path)
     size, cut = _cutting(specs, batch)
     for spec in specs:
         _check_array(spec, arrays[spec.name], spec.name in cut, path)
@@ -96,7 +96,8 @@ def open_samples(path: Path, specs: Sequence[TensorSpec], batch: int = BATCH) ->
     return Samples(path, taken, cut, size, count, labels)
 
 
-def _check_names(wanted: Sequence[str], arrays: Mapping[str, Stored], path: Path) -> None:
+def check_names(wanted: Sequence[str], arrays: Mapping[str, Stored], path: Path) -> None:
+    """Raise UsageError for an input that a file lacks, or an array that is no input."""
     missing = [name for name in wanted if name not in arrays]
     extra = [name for name in arrays if name not in wanted]
     if missing or extra:

@@ -5,7 +5,6 @@ sentence encoder), so the whole program runs once for each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch.nn.functional import linear
 from effopt.errors import PreconditionError, at
 from effopt.kernel import kernel
 from effopt.passes.float_weights import FLOATS
+from effopt.passes.output_change import change
 from effopt.passes.quantizable import Layer
 from effopt.passes.quantization_plan import Plan
-from effopt.passes.rounding import e4m3_step, relative_error, round_weight
+from effopt.passes.rounding import e4m3_step, round_weight
 from effopt.program import Program, where
 
 _Linear = Callable[..., Tensor]
@@ -61,7 +61,7 @@ class Trial:
 
     def distance(self, got: Sequence[Tensor]) -> float:
         """Return the same of outputs on `inputs`."""
-        return max(map(_distance, got, self.want), default=0.0)
+        return change([(got, self.want)])
 
     def _rounded(self, layer: Layer) -> _Linear:
         weight, scheme = self.program.weight(layer.weight).detach(), self.plan.scheme
@@ -83,17 +83,6 @@ class Trial:
 
 
 _TRIED = {"static": "tensor"}
-
-
-def _distance(got: Tensor, want: Tensor) -> float:
-    """Return |got - want|^2 / |want|^2 where both are finite; 0 for outputs that are no floats."""
-    if not want.is_floating_point() or not want.numel():
-        return 0.0
-    both = got.isfinite() & want.isfinite()
-    if not bool((got.isfinite() == want.isfinite()).all()):
-        return inf
-    change, whole = ((torch.where(both, x, 0.0)).double() for x in (got - want, want))
-    return relative_error(change, whole)
 
 
 def by_sensitivity(trial: Trial, layers: Sequence[Layer]) -> list[tuple[Layer, float]]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.axes import AxisMap, Dims, unify
+from effopt.axes import AxisMap, Dims
+from effopt.backends.kernels.common import alike
 from effopt.errors import UsageError
 from effopt.kernel import Kernel
 
@@ -46,13 +47,7 @@ def _check(answers: Sequence[Tensor]) -> None:
 
 def axes(found: AxisMap, node: Node) -> Dims:
     """Those of every answer."""
-    answers = node.args[0]
-    assert isinstance(answers, (list, tuple))
-    dims = [found.of(answer) for answer in answers if isinstance(answer, Node)]
-    for other in dims[:-1]:
-        for one, two in zip(dims[-1], other, strict=True):
-            unify(one, two)
-    return dims[-1]
+    return alike(found, node)
 
 
 def samples() -> list[tuple[object, ...]]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.axes import Axis, AxisMap, Dim, Dims, same_size
+from effopt.axes import Axis, AxisMap, Dim, Dims, same_size, unify
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -12,6 +12,17 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     b, n, c = x.shape
     offset = torch.arange(b, device=x.device).unsqueeze(1) * n
     return x.reshape(b * n, c).index_select(0, (index + offset).reshape(-1)).reshape(b, -1, c)
+
+
+def alike(found: AxisMap, node: Node) -> Dims:
+    """Return the dims that all tensors of the list at the first place share."""
+    listed = node.args[0]
+    assert isinstance(listed, (list, tuple))
+    dims = [found.of(one) for one in listed if isinstance(one, Node)]
+    for other in dims[:-1]:
+        for one, two in zip(dims[-1], other, strict=True):
+            unify(one, two)
+    return dims[-1]
 
 
 def arg_dims(found: AxisMap, node: Node, place: int) -> Dims:

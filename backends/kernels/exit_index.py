@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import AxisMap, Dims
+from effopt.backends.kernels.common import alike
 from effopt.errors import UsageError
 from effopt.kernel import Kernel
 
@@ -50,10 +51,7 @@ def _check(scores: Sequence[Tensor], tau: Tensor, form: str) -> None:
 
 def axes(found: AxisMap, node: Node) -> Dims:
     """The rows."""
-    scores = node.args[0]
-    assert isinstance(scores, (list, tuple))
-    assert isinstance(scores[0], Node)
-    return found.of(scores[0])
+    return alike(found, node)
 
 
 def samples() -> list[tuple[object, ...]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.axes import AxisMap, Dims, unify
+from effopt.axes import AxisMap, Dims
+from effopt.backends.kernels.common import alike
 from effopt.errors import UsageError
 from effopt.kernel import Kernel
 
@@ -122,13 +123,7 @@ def _check(values: list[Tensor], kind: str) -> None:
 
 def axes(found: AxisMap, node: Node) -> Dims:
     """The rows; all values have one shape."""
-    values = node.args[0]
-    assert isinstance(values, (list, tuple))
-    dims = [found.of(value) for value in values if isinstance(value, Node)]
-    for other in dims[:-1]:
-        for one, two in zip(dims[-1], other, strict=True):
-            unify(one, two)
-    return dims[-1][:1]
+    return alike(found, node)[:1]
 
 
 def samples() -> list[tuple[object, ...]]:
