@@ -40,6 +40,7 @@ class Timing:
     (baseline's median / own median) in the same round, of means where calls differ by input;
     `speedup_low` and `speedup_high` are its interval as of `median_interval`. The baseline has no
     speed-up and names no baseline. `mean_ms` and `p95_ms` are of calls that differ by input.
+    `min_ms` is the least time of all, and `speedup_min` the ratio of these least times.
     """
 
     median_ms: float
@@ -55,6 +56,8 @@ class Timing:
     baseline: str = ""
     mean_ms: float | None = None
     p95_ms: float | None = None
+    min_ms: float | None = None
+    speedup_min: float | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return all fields by name."""
@@ -162,16 +165,18 @@ def _timing(
 ) -> Timing:
     calls = 1e3 * np.concatenate([np.asarray(part) for part in own])
     low, median, high, p90, p99 = (float(q) for q in np.percentile(calls, (25, 50, 75, 90, 99)))
-    plain = Timing(median, p90, p99, low, high, len(calls), warmup)
+    plain = Timing(median, p90, p99, low, high, len(calls), warmup, min_ms=float(calls.min()))
     if middle is statistics.fmean:
         plain = replace(plain, mean_ms=float(calls.mean()), p95_ms=float(np.percentile(calls, 95)))
     if not baseline:
         return plain
     ratios = [middle(b) / max(middle(o), 1e-12) for b, o in zip(base, own, strict=True)]
     least, most = median_interval(ratios)
+    fastest = 1e3 * min(itertools.chain.from_iterable(base))
     return replace(
         plain,
         speedup=statistics.median(ratios),
+        speedup_min=fastest / max(float(calls.min()), 1e-9),
         speedup_low=least,
         speedup_high=most,
         baseline=baseline,

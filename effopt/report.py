@@ -66,6 +66,7 @@ class Latency:
     Milliseconds; `low_ms` and `high_ms` hold the middle half of the calls. `speedup` is over the
     variant named `baseline`, with its 95 % interval; the baseline itself has none. `mean_ms` and
     `p95_ms` are there where calls differ by input, as with early exits; the speed-up is of means.
+    `min_ms` is the least time, `speedup_min` the ratio of least times.
     """
 
     variant: str
@@ -84,6 +85,8 @@ class Latency:
     baseline: str = ""
     mean_ms: float | None = None
     p95_ms: float | None = None
+    min_ms: float | None = None
+    speedup_min: float | None = None
 
     @staticmethod
     def of(variant: str, batch: int, threads: int, timing: "Timing") -> "Latency":

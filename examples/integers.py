@@ -163,9 +163,10 @@ class Result:
     def _caption(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return (
-            f"{threads}, no spinning. Speed-up: the median over the rounds of the ratio to fp32 "
-            f"within a round; below it the least and the greatest ratio, of at most {ROUNDS}, "
-            f"which is its interval. Cosine: the worst of {ROWS} rows, to fp32. Size: over fp32. "
+            f"{threads}, no spinning. Milliseconds: the median and the least. Speed-up: the median "
+            f"over the rounds of the ratio to fp32 within a round; the least and the greatest "
+            f"ratio, of at most {ROUNDS}, which is its interval; the ratio of the least times. "
+            f"Cosine: the worst of {ROWS} rows, to fp32. Size: over fp32. "
             f"quantize_dynamic is onnxruntime's, with QInt8 weights, after its own preparation, "
             f"and all else as it comes: it also takes heads, embeddings and convolutions. The "
             f"others are effopt's, calibrated on {ROWS} other rows. Weights and inputs are "
@@ -182,10 +183,12 @@ def _heads(batch: int) -> tuple[str, str, str]:
 
 
 def _cells(one: Latency, found: Cosine) -> tuple[str, str, str]:
-    if one.speedup is None or one.speedup_low is None or one.speedup_high is None:
-        return time_text(one.median_ms), "1", "1"
-    spread = f"{one.speedup_low:.2f}-{one.speedup_high:.2f}"
-    return time_text(one.median_ms), f"{one.speedup:.2f}x\n{spread}", f"{found.min:.5f}"
+    assert one.min_ms is not None
+    times = f"{time_text(one.median_ms)}\n{time_text(one.min_ms)}"
+    if one.speedup is None:
+        return times, "1", "1"
+    speeds = f"{one.speedup:.2f}x\n{one.speedup_low:.2f}-{one.speedup_high:.2f}"
+    return times, f"{speeds}\n{one.speedup_min:.2f}x", f"{found.min:.5f}"
 
 
 def _share(line: Line) -> str:

@@ -54,6 +54,8 @@ def test_speedup_is_the_ratio_of_the_medians_of_a_round(clock: Clock) -> None:
     assert b.baseline == "a"
     assert [b.speedup, b.speedup_low, b.speedup_high] == pytest.approx([4.0, 4.0, 4.0])
     assert [a.median_ms, a.p99_ms, b.median_ms] == pytest.approx([400.0, 400.0, 100.0])
+    assert [a.min_ms, b.min_ms, b.speedup_min] == pytest.approx([400.0, 100.0, 4.0])
+    assert a.speedup_min is None
     assert b.repeats > a.repeats
 
 
