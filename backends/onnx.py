@@ -47,12 +47,13 @@ def write(
     }
     kind = target.kind if target else "portable"
     extended, exits = kind == "cpu", program.get(find_exits)
+    plugins = target is not None and target.gpu and target.plugins
     signature = with_thresholds(program)
     if exits is not None and exits.form == FORM:
-        split = write_split(program, folder, kind, known, extended=extended)
+        split = write_split(program, folder, kind, known, extended=extended, plugins=plugins)
         names = [part.file for part in split.segments]
         return _artifact(folder, names, {"split": split.to_json()}, {})
-    made = (lower_exits if exits else lower)(program, kind)
+    made = (lower_exits if exits else lower)(program, kind, plugins=plugins)
     ports = save(made, signature, folder, known, extended=extended)
     return _artifact(folder, [MODEL], {}, ports)
 

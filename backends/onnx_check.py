@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,24 +205,37 @@ def _inline(tensor: TensorProto, place: str, count: int) -> int:
 
 def _walk(model: ModelProto, weights: _Weights) -> None:
     """Visit all graphs, functions, subgraphs and attributes, without recursion."""
+    sizes = _functions(model, weights)
     trained = [g for info in model.training_info for g in (info.initialization, info.algorithm)]
-    stack: list[tuple[GraphProto | FunctionProto, int]] = [
-        (item, 0) for item in (model.graph, *model.functions, *trained)
+    # What a node may call: functions call none, or a few of them would become endless graphs.
+    stack: list[tuple[GraphProto | FunctionProto, int, Mapping[tuple[str, str], int]]] = [
+        *((graph, 0, sizes) for graph in (model.graph, *trained)),
+        *((body, 0, {}) for body in model.functions),
     ]
     count = 0
     while stack:
-        body, depth = stack.pop()
+        body, depth, known = stack.pop()
         if depth > MAX_DEPTH:
             raise _unsafe(weights.model, f"subgraphs are nested more than {MAX_DEPTH} deep")
-        count += len(body.node)
+        count += sum(known.get((node.domain, node.op_type), 0) + 1 for node in body.node)
         if count > MAX_NODES:
             raise _unsafe(weights.model, f"more than {MAX_NODES} nodes")
         if isinstance(body, GraphProto):
             _check_graph_tensors(body, weights)
         defaults = body.attribute_proto if isinstance(body, FunctionProto) else ()
-        for attribute in (*defaults, *(a for node in body.node for a in _checked(node, weights))):
+        own = (a for node in body.node for a in _checked(node, weights, known))
+        for attribute in (*defaults, *own):
             _check_attribute(attribute, weights)
-            stack += [(graph, depth + 1) for graph in _graphs(attribute)]
+            stack += [(graph, depth + 1, known) for graph in _graphs(attribute)]
+
+
+def _functions(model: ModelProto, weights: _Weights) -> dict[tuple[str, str], int]:
+    """Return the number of nodes of each function by its domain and name."""
+    for body in model.functions:
+        if body.domain in _DOMAINS:
+            place = f"{weights.model}: function {_shown(body.name)}"
+            raise _unsafe(place, f"it stands in the operator domain {_shown(body.domain)}")
+    return {(body.domain, body.name): len(body.node) for body in model.functions}
 
 
 def _check_graph_tensors(graph: GraphProto, weights: _Weights) -> None:
@@ -232,9 +245,11 @@ def _check_graph_tensors(graph: GraphProto, weights: _Weights) -> None:
         _check_sparse(sparse, weights)
 
 
-def _checked(node: NodeProto, weights: _Weights) -> Iterator[AttributeProto]:
+def _checked(
+    node: NodeProto, weights: _Weights, known: Mapping[tuple[str, str], int]
+) -> Iterator[AttributeProto]:
     place = f"{weights.model}: node {_shown(node.name or node.op_type)}"
-    if node.domain not in _DOMAINS:
+    if node.domain not in _DOMAINS and (node.domain, node.op_type) not in known:
         raise _unsafe(place, f"operator domain {_shown(node.domain)} needs a library of its own")
     if node.op_type in _FILE_READERS:
         raise _unsafe(place, f"{node.op_type} loads another file")

@@ -27,7 +27,7 @@ _UNPACKED = "DequantizeLinear"
 the product behind it; from outside of the branch they make the file one that does not load."""
 
 
-def lower_exits(program: Program, kind: str) -> ir.Model:
+def lower_exits(program: Program, kind: str, *, plugins: bool = False) -> ir.Model:
     """Translate a program with exits, of the form "if" or "compact"; see `onnx_lower.lower`.
 
     Behind the inputs of the signature come the thresholds [E], whose values are their default.
@@ -36,7 +36,7 @@ def lower_exits(program: Program, kind: str) -> ir.Model:
     exits = program.get(find_exits)
     assert exits is not None, "a program with exits"
     parts = segments(program)
-    models = lowered(parts, kind)
+    models = lowered(parts, kind, plugins=plugins)
     main = models[0]
     bodies = [_Body.of(part, model.graph) for part, model in zip(parts, models, strict=True)]
     rows = row_places(parts) if exits.form == "compact" else None
@@ -60,13 +60,13 @@ def _inputs(program: Program) -> dict[str, ir.Value]:
     }
 
 
-def lowered(parts: Sequence[Segment], kind: str) -> list[ir.Model]:
+def lowered(parts: Sequence[Segment], kind: str, *, plugins: bool = False) -> list[ir.Model]:
     """Lower every segment at one opset, the highest that any of them needs."""
-    models = [lower(part.program, kind) for part in parts]
+    models = [lower(part.program, kind, plugins=plugins) for part in parts]
     highest = max(model.opset_imports[""] for model in models)
     for place, part in enumerate(parts):
         if models[place].opset_imports[""] < highest:
-            models[place] = lower(part.program, kind, opset=highest)
+            models[place] = lower(part.program, kind, highest, plugins=plugins)
         drop_zero_adds(models[place].graph)
         models[0].opset_imports.update(models[place].opset_imports)
     return models

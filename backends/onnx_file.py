@@ -7,7 +7,9 @@ import onnx
 import onnx_ir as ir
 
 from effopt.backends.onnx import MODEL, WEIGHTS
+from effopt.backends.onnx_plugins import attach
 from effopt.backends.onnx_tidy import drop_zero_adds
+from effopt.backends.plugin import DOMAIN
 from effopt.errors import PreconditionError, VerificationError
 from effopt.signature import Signature, TensorSpec
 
@@ -15,7 +17,7 @@ EXTERNAL_FROM = 100_000_000
 """Bytes of weights from which on they go into a file of their own: it is written without a copy
 in memory and mapped by the runtime, while a file with weights inside peaks at three copies."""
 
-_STANDARD = ("", "ai.onnx")
+_STANDARD = ("", "ai.onnx", DOMAIN)
 _EXTENDED = (*_STANDARD, "com.microsoft")
 
 
@@ -46,9 +48,11 @@ def finish(
     """Name and tidy a lowered graph that is to be a file; return the names that had to differ.
 
     Inputs and outputs carry the names and sizes of the signature. `extended` allows onnxruntime's
-    own operators. Raises PreconditionError for another operator that is not standard.
+    own operators. Nodes of plugins get the functions that stand for them. Raises PreconditionError
+    for another operator that is not standard.
     """
     _only_known(model, _EXTENDED if extended else _STANDARD)
+    attach(model)
     drop_zero_adds(model.graph)
     _own_output_nodes(model.graph)
     ports = _name_ports(model.graph, signature)

@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from effopt.backends import quantized
 from effopt.errors import PreconditionError
-from effopt.kernel import lowerings
+from effopt.kernel import adapters, lowerings
 from effopt.program import Program, where
 from effopt.signature import Size, TensorSpec
 
@@ -39,17 +39,20 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _LINEAR = torch.ops.aten.linear.default
 
 
-def lower(program: Program, kind: str = "portable", opset: int = OPSET) -> ir.Model:
+def lower(
+    program: Program, kind: str = "portable", opset: int = OPSET, *, plugins: bool = False
+) -> ir.Model:
     """Translate a program; inputs and outputs are in the order of its signature, yet unnamed.
 
     `kind` says whose form quantized linears get: "cpu" may use onnxruntime's own operators,
-    "portable" and "gpu" standard ones alone. `opset` is the least. The program is left as it was,
-    and computes the answers of all exits that it has, see `onnx_exits` in place of that. Raises
+    "portable" and "gpu" standard ones alone. `plugins` puts nodes of plugins for kernels that have
+    one, yet without their functions. `opset` is the least. The program is left as it was, and
+    computes the answers of all exits that it has, see `onnx_exits` in place of that. Raises
     PreconditionError, naming the operator or the node, for what has no such form.
     """
     fork = program.fork()
     opset = max(opset, quantized.mark(fork.module.graph, kind))
-    _prepare(fork.module.graph)
+    _prepare(fork.module.graph, plugins)
     fork.compile()
     with _quiet(), torch.no_grad():
         exported = _trace(fork)
@@ -61,9 +64,9 @@ def lower(program: Program, kind: str = "portable", opset: int = OPSET) -> ir.Mo
 # --- the graph ahead of the trace -------------------------------------------------------------
 
 
-def _prepare(graph: Graph) -> None:
-    """Put kernels in their standard form, masks in additive form, outputs on nodes of their own."""
-    forms = lowerings()
+def _prepare(graph: Graph, plugins: bool) -> None:
+    """Put kernels in the form asked for, masks in additive form, outputs on nodes of their own."""
+    forms = adapters() if plugins else lowerings()
     masks: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.target in forms:

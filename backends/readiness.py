@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx.inliner import inline_local_functions
 from onnx.numpy_helper import to_array
 
 from effopt.backends.onnx_check import FLOAT8
@@ -75,8 +76,11 @@ def require(path: Path, target: Target) -> None:
 
 
 def check_model(model: ModelProto, target: Target) -> list[Finding]:
-    """Check a model in memory, without its large weights, against every rule."""
-    inferred = onnx.shape_inference.infer_shapes(model)
+    """Check a model in memory, without its large weights, against every rule.
+
+    A node with a function is held to its body, which is what stands for it without its plugin.
+    """
+    inferred = onnx.shape_inference.infer_shapes(inline_local_functions(model))
     arch = int(target.arch.removeprefix("sm_"))
     return list(_check_graph(inferred.graph, _View({}, {}, arch)))
 

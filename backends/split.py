@@ -29,7 +29,13 @@ the operating system maps files in pages of that size."""
 
 
 def write_split(
-    program: Program, folder: Path, kind: str, provenance: Mapping[str, str], *, extended: bool
+    program: Program,
+    folder: Path,
+    kind: str,
+    provenance: Mapping[str, str],
+    *,
+    extended: bool,
+    plugins: bool = False,
 ) -> Split:
     """Write `segment1.onnx`, ... and their weights into an existing folder; see `onnx_file.save`.
 
@@ -41,7 +47,7 @@ def write_split(
         node.name: spec.name
         for node, spec in zip(program.inputs(), program.signature.inputs, strict=True)
     }
-    models = lowered(parts, kind)
+    models = lowered(parts, kind, plugins=plugins)
     files = []
     for place, (part, model) in enumerate(zip(parts, models, strict=True)):
         signature = _renamed(part.program.signature, named)

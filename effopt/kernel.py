@@ -8,11 +8,14 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch._ops import OpOverload
 
 from effopt.errors import unknown
+
+if TYPE_CHECKING:
+    from effopt.backends.plugin import Plugin
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Kernel:
     `op` has the meaning in plain torch as its implementation and a shape rule for tracing.
     `lowering` is the same function in operators that every exporter knows, in fixed tie order.
     `axes` is its row in the table of axis rules. `samples` makes arguments to check `lowering`
-    against `op`; results may differ by `tolerance` times the largest value.
+    against `op`; results may differ by `tolerance` times the largest value. `plugin` is its form
+    on a GPU, see `effopt.backends.plugin`; None where standard operators are as good.
     """
 
     op: OpOverload
@@ -30,6 +34,7 @@ class Kernel:
     axes: Callable[..., Any]
     samples: Callable[[], list[tuple[Any, ...]]]
     tolerance: float
+    plugin: "Plugin | None" = None
 
 
 def kernel(name: str) -> Kernel:
@@ -54,3 +59,11 @@ def kernels() -> dict[OpOverload, Kernel]:
 def lowerings() -> dict[OpOverload, Callable[..., Any]]:
     """Return what stands for each operator where no plugin does."""
     return {op: found.lowering for op, found in kernels().items()}
+
+
+def adapters() -> dict[OpOverload, Callable[..., Any]]:
+    """Return what puts the node of its plugin for each operator, or `lowering` without one."""
+    return {
+        op: found.plugin.adapt if found.plugin else found.lowering
+        for op, found in kernels().items()
+    }

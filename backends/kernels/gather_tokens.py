@@ -1,12 +1,19 @@
 """gather_tokens: the tokens at given places, along any dimension."""
 
+import math
+from typing import Any
+
 import torch
+from onnxscript import opset20
 from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import AxisMap, Dims
 from effopt.backends.kernels.common import arg_dims, rows
+from effopt.backends.plugin import Plugin, Port, Value, call
 from effopt.kernel import Kernel
+
+op: Any = opset20  # its stubs know eager tensors only
 
 
 @torch.library.custom_op("effopt::gather_tokens", mutates_args=())
@@ -61,4 +68,40 @@ def samples() -> list[tuple[object, ...]]:
     return [(torch.randn(*shape, generator=draw), index, dim) for shape, dim in shapes]
 
 
-KERNEL = Kernel(torch.ops.effopt.gather_tokens.default, lowering, axes, samples, 0.0)
+# --- on a GPU ---------------------------------------------------------------------------------
+
+
+def body(x: Value, index: Value) -> Value:
+    """One flat Gather of rows: those of sample b and outer place o begin at (b O + o) N."""
+    outer = op.Shape(x, start=0, end=2)
+    count = op.Mul(op.Gather(outer, 0), op.Gather(outer, 1))
+    starts = op.Mul(op.Range(0, count, 1), op.Shape(x, start=2, end=3))
+    ahead = op.Reshape(starts, op.Concat(outer, [1], axis=0))
+    places = op.Add(op.Unsqueeze(index, [1]), ahead)
+    wide = op.Concat([-1], op.Shape(x, start=3, end=4), axis=0)
+    return op.Gather(op.Reshape(x, wide), places)
+
+
+def adapt(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Launch for floats with a batch of their own, of any rank, as [B, outer, N, inner]."""
+    if not x.is_floating_point() or _is_one(x.shape[0]):
+        return lowering(x, index, dim)
+    ahead, behind = x.shape[1:dim], x.shape[dim + 1 :]
+    flat = x.reshape(x.shape[0], math.prod(ahead), x.shape[dim], math.prod(behind))
+    (taken,) = call(PLUGIN, (flat, index))
+    return taken.reshape(x.shape[0], *ahead, index.shape[1], *behind)
+
+
+PLUGIN = Plugin(
+    name="GatherTokens",
+    stem="gather_tokens",
+    inputs=(Port("x", "T", ("B", "O", "N", "I")), Port("index", "int64", ("B", "K"))),
+    outputs=(Port("y", "T", ("B", "O", "K", "I")),),
+    scalars=("O", "N", "I", "K"),
+    grid=("cdiv(K * I, 1024)", "O", "B"),
+    body=body,
+    adapt=adapt,
+)
+"""Rows of hidden states, and of keys and values in a cache, with O the heads."""
+
+KERNEL = Kernel(torch.ops.effopt.gather_tokens.default, lowering, axes, samples, 0.0, PLUGIN)

@@ -1,0 +1,22 @@
+// y[b, o, k, :] = x[b, o, index[b, k], :]; neighbouring threads on neighbouring elements.
+#include "effopt.cuh"
+
+constexpr int THREADS = 256, EACH = 4;
+
+template <class T>
+DEVICE void gather_tokens(const T* x, const long long* index, int O, int N, int I, int K, T* y) {
+  long long outer = (long long)BLOCK_Z * O + BLOCK_Y;
+  const T* source = x + outer * N * I;
+  const long long* places = index + (long long)BLOCK_Z * K;
+  T* target = y + outer * K * I;
+  int first = BLOCK_X * THREADS * EACH;
+  FOR_THREADS(lane, THREADS) {
+    for (int step = 0; step < EACH; step++) {
+      int at = first + step * THREADS + lane;
+      if (at < K * I) target[at] = source[places[at / I] * I + at % I];
+    }
+  }
+}
+
+#define PARAMETERS(T) (const T* x, const long long* index, int O, int N, int I, int K, T* y)
+ENTRIES(gather_tokens, PARAMETERS, x, index, O, N, I, K, y)
