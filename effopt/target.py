@@ -8,10 +8,11 @@ the figure with 2:4 sparsity, half of it stands here; where pages differ, the sm
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from effopt.errors import unknown
+from effopt.errors import UsageError, unknown
+from effopt.spec import parse
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Target:
 
     `arch` is "cpu", "portable" or a CUDA architecture such as "sm_80". `bandwidth` is in GB/s,
     `peak` maps a dtype to Tera-operations/s (2 per multiply-accumulate). `dtypes` are those of
-    activations that the machine computes in, `schemes` the quantizations that it runs.
+    activations that the machine computes in, `schemes` the quantizations that it runs. `plugins`
+    says whether files for a GPU hold nodes of our plugins; each has a function in standard
+    operators beside it, for runtimes without the plugin.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Target:
     features: tuple[str, ...] = ()
     bandwidth: float | None = None
     peak: tuple[tuple[str, float], ...] = ()
+    plugins: bool = True
 
     @property
     def asymmetric(self) -> bool:
@@ -92,8 +96,24 @@ TARGETS: Mapping[str, Target] = MappingProxyType({row.name: row for row in _ROWS
 """All targets by name; a GPU row writes the portable file today, and says what is pending."""
 
 
-def target(name: str) -> Target:
-    """Return the target of a name; UsageError with the nearest name where there is none."""
-    if name not in TARGETS:
-        raise unknown("target", name, TARGETS)
-    return TARGETS[name]
+def target(text: str) -> Target:
+    """Return a target by its name, which may have options: `a100` or `a100{plugins=off}`.
+
+    Raises UsageError with the nearest name where there is none, and for unknown options.
+    """
+    items = parse(text)
+    if len(items) > 1 or items[0].name not in TARGETS:
+        raise unknown("target", text, TARGETS)
+    found, options = TARGETS[items[0].name], items[0].options
+    switch = options.get("plugins", "on")
+    if switch not in _SWITCH or set(options) - ({"plugins"} if found.gpu else set()):
+        reason = f"the target {text} has options that it does not know"
+        raise UsageError(reason, "GPU targets take plugins=on or plugins=off, others no options")
+    if _SWITCH[switch]:
+        return found
+    return replace(found, name=f"{found.name}{{plugins=off}}", plugins=False)
+
+
+_SWITCH: Mapping[object, bool] = MappingProxyType(
+    {"on": True, True: True, "off": False, False: False}
+)
