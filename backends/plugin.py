@@ -14,7 +14,7 @@ import onnxscript
 import torch
 from torch import Tensor
 
-from effopt.backends.sizes import FUNCTIONS, evaluate
+from effopt.backends.sizes import NUMBERS, Algebra, evaluate
 
 DOMAIN = "effopt"
 FLOATS = ("float32", "float16", "bfloat16")
@@ -92,11 +92,11 @@ class Plugin:
                 known.setdefault(name, size)
         return known
 
-    def launch(self, known: Mapping[str, Any], **functions: Callable[..., Any]) -> Launch:
+    def launch(self, known: Mapping[str, Any], algebra: Algebra = NUMBERS) -> Launch:
         """Return the launch for sizes and attributes by name."""
 
         def value(text: str) -> Any:
-            return evaluate(text, known, {**FUNCTIONS, **functions})
+            return evaluate(text, known, algebra)
 
         x, y, z = map(value, self.grid)
         return Launch((x, y, z), self.block, value(self.shared), tuple(map(value, self.scalars)))

@@ -9,6 +9,7 @@ import ast
 import functools
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -27,8 +28,16 @@ def bits(value: float) -> int:
     return int(found)
 
 
-FUNCTIONS: Mapping[str, Callable[..., Size]] = MappingProxyType({"cdiv": cdiv, "bits": bits})
-"""What an expression may call."""
+@dataclass(frozen=True)
+class Algebra:
+    """What expressions are made of: how a number becomes a size, and the functions."""
+
+    number: Callable[[int], Size]
+    functions: Mapping[str, Callable[..., Size]]
+
+
+NUMBERS = Algebra(int, MappingProxyType({"cdiv": cdiv, "bits": bits}))
+"""Sizes that are numbers, or take numbers on either side."""
 
 _OPERATORS: Mapping[type[ast.operator], tuple[Callable[[Size, Size], Size], str]] = (
     MappingProxyType({
@@ -40,22 +49,18 @@ _OPERATORS: Mapping[type[ast.operator], tuple[Callable[[Size, Size], Size], str]
 )  # fmt: skip
 
 
-def evaluate(
-    text: str,
-    known: Mapping[str, Size],
-    functions: Mapping[str, Callable[..., Size]] = FUNCTIONS,
-) -> Size:
-    """Return the value of an expression; `functions` replaces what symbols need otherwise.
+def evaluate(text: str, known: Mapping[str, Size], algebra: Algebra = NUMBERS) -> Size:
+    """Return the value of an expression.
 
     Raises ValueError for what is no such expression, KeyError for an unknown name.
     """
-    return _value(_parse(text), known, functions)
+    return _value(_parse(text), known, algebra)
 
 
 def names(text: str) -> frozenset[str]:
     """Return the sizes and attributes that an expression reads."""
     nodes = [node for node in ast.walk(_parse(text)) if isinstance(node, ast.Name)]
-    return frozenset(node.id for node in nodes) - set(FUNCTIONS)
+    return frozenset(node.id for node in nodes) - set(NUMBERS.functions)
 
 
 def cpp(text: str) -> str:
@@ -71,19 +76,17 @@ def _parse(text: str) -> ast.expr:
         raise ValueError(f"{text!r} is no expression of sizes") from error
 
 
-def _value(
-    node: ast.expr, known: Mapping[str, Size], functions: Mapping[str, Callable[..., Size]]
-) -> Size:
+def _value(node: ast.expr, known: Mapping[str, Size], algebra: Algebra) -> Size:
     match node:
         case ast.Constant(value=int(number)):
-            return number
+            return algebra.number(number)
         case ast.Name(id=name):
             return known[name]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             apply, _ = _OPERATORS[type(op)]
-            return apply(_value(left, known, functions), _value(right, known, functions))
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in functions:
-            return functions[name](*(_value(arg, known, functions) for arg in args))
+            return apply(_value(left, known, algebra), _value(right, known, algebra))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in algebra.functions:
+            return algebra.functions[name](*(_value(arg, known, algebra) for arg in args))
     raise ValueError(f"{ast.unparse(node)!r} is no expression of sizes")
 
 
@@ -95,6 +98,6 @@ def _cpp(node: ast.expr) -> str:
             return name
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return f"({_cpp(left)} {_OPERATORS[type(op)][1]} {_cpp(right)})"
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in NUMBERS.functions:
             return f"{name}({', '.join(map(_cpp, args))})"
     raise ValueError(f"{ast.unparse(node)!r} is no expression of sizes")
