@@ -35,13 +35,23 @@ def macs(program: Program, sizes: Mapping[str, int] = _ONE_SAMPLE) -> int:
 
 def macs_by_node(program: Program, sizes: Mapping[str, int] = _ONE_SAMPLE) -> dict[Node, int]:
     """Return the multiply-accumulates of every node, in execution order; arguments as in `macs`."""
+    symbols = symbol_sizes(program, sizes)
+    return {node: _node_macs(node, symbols) for node in program.nodes()}
+
+
+def symbol_sizes(program: Program, sizes: Mapping[str, int] = _ONE_SAMPLE) -> dict[str, int]:
+    """Return a number for every symbol of a program's sizes; arguments as in `macs`."""
     known = {**_sample_sizes(program), **sizes}
     names = set(program.dynamic.values())
     extra = sorted(set(sizes) - names - {"batch"})
     if extra:
         raise UsageError(f"the program has no dynamic size {extra[0]!r}", f"known: {sorted(names)}")
-    symbols = {symbol: known[name] for symbol, name in program.dynamic.items()}
-    return {node: _node_macs(node, symbols) for node in program.nodes()}
+    return {symbol: known[name] for symbol, name in program.dynamic.items()}
+
+
+def elements(node: Node, symbols: Mapping[str, int]) -> int:
+    """Return how many numbers a node yields (its first value, where it yields several)."""
+    return math.prod(_numbers(node, _reader(node, symbols)))
 
 
 def node_count(program: Program) -> int:
@@ -62,10 +72,14 @@ def _node_macs(node: Node, symbols: Mapping[str, int]) -> int:
     if rule is None:
         return 0
 
+    return rule(node, _reader(node, symbols))
+
+
+def _reader(node: Node, symbols: Mapping[str, int]) -> Size:
     def size(found: Any) -> int:
         return found if isinstance(found, int) else _evaluated(node, found, symbols)
 
-    return rule(node, size)
+    return size
 
 
 def _operator(node: Node) -> str:

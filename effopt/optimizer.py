@@ -26,6 +26,7 @@ from effopt.pipeline import Pass, Pipeline, Step, spec_of
 from effopt.program import Program
 from effopt.recipe import steps_of
 from effopt.report import Report, Stage, StepRecord
+from effopt.roofline import estimates
 from effopt.target import Target
 from effopt.target import target as find_target
 
@@ -183,6 +184,7 @@ def _measured(report: Report, original: Program, program: Program, clock: Clock)
         macs_before=_known_macs(original),
         macs_after=_known_macs(program),
         weight_bytes=program.weight_bytes(),
+        estimates=estimates(original, program, program.target) if program.target else (),
         quality=tuple(agreement_of(before, after, EXAMPLES)),
     )
 

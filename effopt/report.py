@@ -95,6 +95,18 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """The least milliseconds of a call on the target by its peaks and bandwidth; not measured.
+
+    `batch` is 0 where the model has one batch size of its own. See `effopt.roofline`.
+    """
+
+    batch: int
+    before_ms: float
+    after_ms: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that is known about one result.
 
@@ -117,6 +129,7 @@ class Report:
     files: dict[str, int] = field(default_factory=dict)
     quality: tuple[Quality, ...] = ()
     latency: tuple[Latency, ...] = ()
+    estimates: tuple[Estimate, ...] = ()
     pending: str = ""
     notes: tuple[str, ...] = ()
 

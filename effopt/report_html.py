@@ -91,6 +91,10 @@ def _work_tiles(report: "Report") -> Iterable[Markup]:
         before = count_text(report.macs_before, "MACs")
         after = count_text(report.macs_after, "MACs")
         yield _tile("Work a sample", after, f"{change}, before {before}")
+    for row in report.estimates[-1:]:
+        batch = f"batch {row.batch}" if row.batch else "a call"
+        detail = f"{batch}, before {time_text(row.before_ms)} ms; a roofline, not measured"
+        yield _tile("Least time", f"{time_text(row.after_ms)} ms", detail)
     if report.weight_bytes:
         size = sum(report.files.values())
         detail = f"engine folder {bytes_text(size)}" if size else "in the graph"

@@ -111,6 +111,10 @@ def _summary(report: "Report") -> Iterable[str]:
         before, after = (count_text(m, "MACs") for m in (report.macs_before, report.macs_after))
         change = change_text(report.macs_before, report.macs_after)
         yield f"work:   {before} -> {after} a sample ({change})"
+    for row in report.estimates:
+        before, after = time_text(row.before_ms), time_text(row.after_ms)
+        batch = f"batch {row.batch}" if row.batch else "a call"
+        yield f"least:  {before} -> {after} ms, {batch} (roofline: an estimate, not measured)"
     if report.weight_bytes:
         size = sum(report.files.values())
         folder = f", folder {bytes_text(size)}" if size else ""

@@ -3,8 +3,10 @@
 Figures of GPUs are dense peaks; None or an absent dtype means that no source was checked, and an
 estimate made with a figure says that it is one. Sources: the A100 data sheet as quoted at
 glennklockwood.com (80 GB SXM card; the 40 GB card has 1555 GB/s), public comparison pages of
-H100/H200/B200 (SXM), L4/T4 and RTX 4090 (fp16 and fp8 with fp32 accumulation). Where a page gives
-the figure with 2:4 sparsity, half of it stands here; where pages differ, the smaller one does.
+H100/H200/B200 (SXM), A10, L4/T4 and RTX 4090 (fp16 and fp8 with fp32 accumulation). Where a page
+gives the figure with 2:4 sparsity, half of it stands here; where pages differ, the smaller one
+does. float32 from sm_80 on is that of TF32, which TensorRT computes such products in unless it is
+told otherwise: half of float16, as on the A100 (156 of 312).
 """
 
 from collections.abc import Mapping
@@ -37,6 +39,11 @@ class Target:
     plugins: bool = True
 
     @property
+    def tensorrt(self) -> str:
+        """The versions of TensorRT that serve the architecture."""
+        return TENSORRT.get(self.arch, "")
+
+    @property
     def asymmetric(self) -> bool:
         """Tell whether the machine runs 4-bit weights with zero points as fast as without."""
         return "asymmetric" in self.features
@@ -56,6 +63,11 @@ _FP16, _BF16 = ("float32", "float16"), ("float32", "float16", "bfloat16")
 _INT8, _INT4 = ("int8",), ("int8", "int4-weights")
 _FP8 = (*_INT4, "fp8")
 
+_HOPPER = (
+    ("float32", 494.0), ("float16", 989.0), ("bfloat16", 989.0), ("int8", 1979.0),
+    ("fp8", 1979.0),
+)  # fmt: skip
+
 _ROWS = (
     Target(
         "cpu", "ort", "cpu", ("float32",), ("int8-dynamic", "int8", "int4-weights"),
@@ -63,37 +75,58 @@ _ROWS = (
     ),
     Target("onnx", "onnx", "portable", ("float32",), ("int8-dynamic", "int8", "int4-weights")),
     Target(
-        "t4", "onnx", "sm_75", _FP16, _INT8, (), 320.0, (("float16", 65.0), ("int8", 130.0))
+        "t4", "trt", "sm_75", _FP16, _INT8, (), 320.0,
+        (("float32", 8.1), ("float16", 65.0), ("int8", 130.0)),
     ),
     Target(
-        "a100", "onnx", "sm_80", _BF16, _INT4, ("2:4",), 2039.0,
-        (("float16", 312.0), ("bfloat16", 312.0), ("int8", 624.0)),
+        "a100", "trt", "sm_80", _BF16, _INT4, ("2:4",), 2039.0,
+        (("float32", 156.0), ("float16", 312.0), ("bfloat16", 312.0), ("int8", 624.0)),
     ),
     Target(
-        "l4", "onnx", "sm_89", _BF16, _FP8, ("2:4",), 300.0,
-        (("float16", 121.0), ("int8", 242.0), ("fp8", 242.0)),
+        "a10", "trt", "sm_86", _BF16, _INT4, ("2:4",), 600.0,
+        (("float32", 62.5), ("float16", 125.0), ("bfloat16", 125.0), ("int8", 250.0)),
     ),
     Target(
-        "rtx4090", "onnx", "sm_89", _BF16, _FP8, ("2:4",), 1008.0,
-        (("float16", 165.0), ("int8", 661.0), ("fp8", 330.0)),
+        "l4", "trt", "sm_89", _BF16, _FP8, ("2:4",), 300.0,
+        (
+            ("float32", 60.5), ("float16", 121.0), ("bfloat16", 121.0), ("int8", 242.0),
+            ("fp8", 242.0),
+        ),
     ),
     Target(
-        "h100", "onnx", "sm_90", _BF16, _FP8, ("2:4",), 3350.0,
-        (("float16", 989.0), ("int8", 1979.0), ("fp8", 1979.0)),
+        "rtx4090", "trt", "sm_89", _BF16, _FP8, ("2:4",), 1008.0,
+        (
+            ("float32", 82.5), ("float16", 165.0), ("bfloat16", 165.0), ("int8", 661.0),
+            ("fp8", 330.0),
+        ),
     ),
     Target(
-        "h200", "onnx", "sm_90", _BF16, _FP8, ("2:4",), 4800.0,
-        (("float16", 989.0), ("int8", 1979.0), ("fp8", 1979.0)),
+        "h100", "trt", "sm_90", _BF16, _FP8, ("2:4",), 3350.0,
+        _HOPPER,
     ),
     Target(
-        "b200", "onnx", "sm_100", _BF16, (*_FP8, "nvfp4"), ("2:4",), 8000.0,
-        (("fp8", 4500.0), ("nvfp4", 9000.0)),
+        "h200", "trt", "sm_90", _BF16, _FP8, ("2:4",), 4800.0,
+        _HOPPER,
     ),
-    Target("orin", "onnx", "sm_87", _BF16, _INT4, ("2:4",)),
+    Target(
+        "b200", "trt", "sm_100", _BF16, (*_FP8, "nvfp4"), ("2:4",), 8000.0,
+        (
+            ("float32", 1125.0), ("float16", 2250.0), ("bfloat16", 2250.0), ("fp8", 4500.0),
+            ("nvfp4", 9000.0),
+        ),
+    ),
+    Target("orin", "trt", "sm_87", _BF16, _INT4, ("2:4",)),
 )  # fmt: skip
 
+TENSORRT: Mapping[str, str] = MappingProxyType({
+    **dict.fromkeys(("sm_75", "sm_80", "sm_86", "sm_89", "sm_90"), "10.x, 11.x"),
+    "sm_87": "10.x (JetPack 6), 11.4.1 on (JetPack 7.2)",
+    "sm_100": "10.8 on, 11.x",
+})  # fmt: skip
+"""By architecture, as NVIDIA's support matrices and its guide from 10.x to 11.x say."""
+
 TARGETS: Mapping[str, Target] = MappingProxyType({row.name: row for row in _ROWS})
-"""All targets by name; a GPU row writes the portable file today, and says what is pending."""
+"""All targets by name; a GPU row writes ONNX files anywhere, and says what is pending."""
 
 
 def target(text: str) -> Target:

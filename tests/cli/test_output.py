@@ -56,7 +56,7 @@ def test_errors_cannot_drive_the_terminal(shell: Shell, optimizer: Callable[[Any
     assert "\x1b" not in out
 
 
-@pytest.mark.parametrize("name", ["passes", "targets", "recipes"])
+@pytest.mark.parametrize("name", ["passes", "targets", "recipes", "kernels"])
 def test_tables(shell: Shell, name: str) -> None:
     if name == "recipes" and not hasattr(effopt, "recipes"):
         pytest.skip("no recipes yet")
