@@ -47,7 +47,7 @@ def test_1_unexpected_error(shell: Shell, optimizer: Callable[[Any], None]) -> N
         (["convrt"], "did you mean 'convert'"),
         (["--json", "bogus"], "known: bench, build, convert"),
         (["convert"], "the following arguments are required"),
-        (["convert", "x", "-o", "y", "--target", "a101"], "did you mean 'a100'"),
+        (["convert", "x", "-o", "y", "--target", "a1000"], "did you mean 'a100'"),
         (["convert", "nowhere", "-o", "y"], "MODEL is a Hugging Face folder"),
         (["convert", "x", "-o", "y", "--seed", "x"], "invalid int value"),
         (["bench", "nowhere"], "is no engine folder"),
