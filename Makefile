@@ -9,11 +9,14 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 # torch first and alone: its pinned build must be in place before anything else asks for "torch".
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements-gpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-gpu.txt
+	command -v nvcc >/dev/null || \
+		$(BIN)/python -m pip install --quiet -e ".[nvcc]" -c constraints.txt
 	touch $@
 
 demo: setup

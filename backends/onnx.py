@@ -111,6 +111,7 @@ class Onnx:
         made = write(program, folder, {"effopt.target": target.name}, target)
         names = models(made)
         if target.gpu:
+            from effopt.backends.onnx_plugins import plugin_nodes
             from effopt.backends.readiness import require
 
             for name in names:
@@ -121,6 +122,8 @@ class Onnx:
         from effopt.backends.quantized_noise import rounding_noise
 
         known = {**made.facts, "integer_layers": len(linears(program))}
+        if target.gpu:
+            known["plugins"] = plugin_nodes([folder / name for name in names])
         if known["integer_layers"]:
             known["integer_noise"] = rounding_noise(program)
         return replace(made, facts=known, pending=pending)

@@ -6,7 +6,8 @@ With its function a node runs in every runtime: in one that has a plugin of that
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import onnx_ir as ir
 import onnxscript
@@ -39,6 +40,14 @@ def count(model: ir.Model) -> dict[str, int]:
     """Count the nodes of each plugin, in the graph and all below it."""
     nodes = (node for node in model.graph.all_nodes() if node.domain == DOMAIN)
     return dict(Counter(node.op_type for node in nodes))
+
+
+def plugin_nodes(paths: Iterable[Path]) -> dict[str, int]:
+    """Count the nodes of each plugin in ONNX files."""
+    found = Counter[str]()
+    for path in paths:
+        found.update(count(ir.load(path)))
+    return dict(sorted(found.items()))
 
 
 def function(plugin: Plugin, opset: int) -> FunctionProto:

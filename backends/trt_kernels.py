@@ -1,0 +1,33 @@
+"""The kernels of an engine folder: PTX of the plugins that its ONNX files name.
+
+It is compiled where nvcc is, for the architecture of the target, and built into engines; an engine
+that is built needs it no more.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from effopt.backends.nvcc import available, compile_ptx
+from effopt.backends.onnx_plugins import plugins
+
+
+def ptx_file(stem: str, arch: str) -> str:
+    """Return the name of the file with the PTX of a kernel."""
+    return f"{stem}.{arch}.ptx"
+
+
+def write_kernels(folder: Path, names: Iterable[str], arch: str) -> tuple[list[str], str]:
+    """Write the PTX of plugins, by the names of their nodes; return the files and what is pending.
+
+    Without nvcc nothing is written, and what is pending says so: engines can be built all the same,
+    where the functions in the files stand for the plugins. Errors are those of `compile_ptx`.
+    """
+    stems = sorted({plugins()[name].stem for name in names})
+    if not stems:
+        return [], ""
+    here = available()
+    if not here.ok:
+        return [], f"kernels: {', '.join(stems)} to be compiled for {arch} ({here.reason})"
+    for stem in stems:
+        (folder / ptx_file(stem, arch)).write_text(compile_ptx(stem, arch).text)
+    return [ptx_file(stem, arch) for stem in stems], ""
