@@ -51,8 +51,10 @@ def gptq(
     if order:
         diagonal = hessian.diagonal()
         visited = torch.where(diagonal > 0, diagonal, mean).argsort(descending=True, stable=True)
-    lower = _cholesky(hessian, visited.flip(0), mean, damp).float()
-    del hessian  # of K * K numbers, as the next two: of what the caller lets go none stays
+    wide = _cholesky(hessian, visited.flip(0), mean, damp)
+    del hessian  # of K * K numbers, as the next: of what the caller lets go none stays
+    lower = wide.float()
+    del wide
     factor = _inverse(lower).to(weight.device)
     del lower
     give_back()

@@ -94,21 +94,25 @@ def _feeds(plugin: Plugin, inputs: Sequence[Tensor]) -> dict[str, Any]:
 
 
 @functools.cache
-def host_library(stem: str) -> ctypes.CDLL:
+def host_library(source: Path) -> ctypes.CDLL:
     """Compile a kernel's source for the host; a loop over threads runs whole in each block."""
     folder = Path(tempfile.mkdtemp(prefix="effopt-host-"))
     words = ["g++", "-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
-    words += ["-Wall", "-Werror", "-o", str(folder / "host.so"), str(nvcc.SOURCES / f"{stem}.cu")]
+    words += ["-Wall", "-Werror", f"-I{nvcc.SOURCES}", "-o", str(folder / "host.so"), str(source)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "host.so"))
 
 
 def on_host(
-    plugin: Plugin, inputs: Sequence[Tensor], attributes: Mapping[str, float]
+    plugin: Plugin,
+    inputs: Sequence[Tensor],
+    attributes: Mapping[str, float],
+    source: Path | None = None,
 ) -> list[Tensor]:
     """Run every block of a launch, one after the other, in the order of the arguments in PTX."""
-    library, kinds = host_library(plugin.stem), results(plugin, inputs, attributes)
+    library = host_library(source or nvcc.SOURCES / f"{plugin.stem}.cu")
+    kinds = results(plugin, inputs, attributes)
     held = [tensor.contiguous() for tensor in inputs]
     made = [poisoned(kind, sizes) for kind, sizes in kinds]
     launch = plugin.launch(plugin.known([t.shape for t in held], attributes))

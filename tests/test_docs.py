@@ -1,9 +1,11 @@
 """The documents: their code runs, their tables are complete, their links lead somewhere."""
 
+import importlib
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import effopt.save
 from effopt import axis_table, effects
 from effopt.axes import find_axes, same_size, show
 from effopt.backends import TABLE as BACKENDS
+from effopt.backends.plugin import running
 from effopt.capture import capture
 from effopt.cli import COMMANDS
 from effopt.pipeline import Pipeline, Step, pass_class
@@ -24,6 +27,7 @@ from effopt.recipe import steps_of
 from effopt.sites import TokenAxis, find_tokens
 from effopt.target import TARGETS
 from tests import zoo
+from tests.plugin_runs import in_onnxruntime, in_reference, on_host
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -125,6 +129,22 @@ def test_the_example_of_a_kernel_is_true() -> None:
             found.lowering(*sample), found.op(*sample), rtol=0, atol=found.tolerance
         )
         torch.library.opcheck(found.op, sample)
+
+
+def test_the_example_of_a_plugin_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files: a function's body is read from its source, and CUDA is compiled for the host."""
+    kernel = example("kernel")["KERNEL"]
+    part = text_of("CONTRIBUTING.md").split("<!-- example: plugin -->")[1]
+    (tmp_path / "token_norm_plugin.py").write_text(blocks(part)[0])
+    source = tmp_path / "token_norm.cu"
+    source.write_text(re.findall(r"```cuda\n(.*?)```", part, re.DOTALL)[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("token_norm_plugin")
+    for run in (in_onnxruntime, in_reference, partial(on_host, source=source)):
+        for sample in kernel.samples():
+            with running(run):
+                found = module.adapt(*sample)
+            torch.testing.assert_close(found, kernel.op(*sample), rtol=0, atol=1e-6)
 
 
 class Diagonal(nn.Module):
