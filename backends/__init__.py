@@ -7,4 +7,6 @@ TABLE = {
     "eager": "effopt.backends.eager:Eager",
     "onnx": "effopt.backends.onnx:Onnx",
     "ort": "effopt.backends.ort:Ort",
+    "trt": "effopt.backends.trt:Trt",
+    "trt-rtx": "effopt.backends.trt:TrtRtx",
 }

@@ -6,10 +6,11 @@ as values, of 8 rows 5.6 and 5.8 ms, of 32 rows 32 and 31 ms (one thread, median
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from effopt.backend import Array
+from effopt.backend import Array, Runner
 from effopt.backends.session import Session
 from effopt.backends.split_record import SegmentFile, Split, read_split
 from effopt.exit_flow import Flow, Part
@@ -25,17 +26,23 @@ class ExitRunner:
     """
 
     def __init__(
-        self, folder: Path, signature: Signature, record: Any, *, check_only: bool = False
+        self,
+        folder: Path,
+        signature: Signature,
+        record: Any,
+        *,
+        check_only: bool = False,
+        opened: Callable[[Path, Signature], Runner] | None = None,
     ) -> None:
         """Check the record and all files, then open them; `check_only` is as with `Session`.
+
+        `opened` opens one file where that is not for onnxruntime.
 
         Raises UnsafeFileError for a record that does not hold together, and what `Session` does.
         """
         split = read_split(record, signature, folder)
-        runs = [
-            Session(folder / part.file, part.signature, check_only=check_only, alone=False).run
-            for part in split.segments
-        ]
+        one = opened or partial(Session, check_only=check_only, alone=False)
+        runs = [one(folder / part.file, part.signature).run for part in split.segments]
         self.flow = _flow(split, runs, signature)
 
     def run(self, inputs: list[Array]) -> list[Array]:

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, Node
 
 from effopt.backends import quantized
+from effopt.backends.fuse import fuse
 from effopt.errors import PreconditionError
 from effopt.kernel import adapters, lowerings
 from effopt.program import Program, where
@@ -51,7 +52,9 @@ def lower(
     PreconditionError, naming the operator or the node, for what has no such form.
     """
     fork = program.fork()
-    opset = max(opset, quantized.mark(fork.module.graph, kind))
+    opset = max(opset, quantized.mark(fork.module.graph, kind, plugins=plugins))
+    if plugins:
+        fuse(fork.module.graph)
     _prepare(fork.module.graph, plugins)
     fork.compile()
     with _quiet(), torch.no_grad():

@@ -5,6 +5,7 @@ stay as they are; in the ONNX graph that node gives way to its form (`expand`), 
 packed for it. Linears that read one value share the rounding of that value.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from effopt.backends.quantized_draft import MICROSOFT, Draft, Linear
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
 from effopt.products import Limit, Product, product
-from effopt.program import Program, where
+from effopt.program import Program, value, where
 
 MARKED = ("effopt", "QuantizedLinear")
 """Domain and operator of the node that stands for a linear between `mark` and `expand`."""
@@ -60,6 +61,14 @@ FORMS: Mapping[_Key, Form] = MappingProxyType({
 })  # fmt: skip
 """Forms by kind of machine, type of weights and activations; measured reasons are with each."""
 
+LAUNCHED: Mapping[_Key, Form] = MappingProxyType({("gpu", "int4", "float"): Form(forms.launched)})
+"""Forms in the place of those for linears of few rows, where files may have nodes of plugins."""
+
+FEW_ROWS = 8
+"""Rows of a sample up to which a linear has few: our plugin reads weights once for so many, and
+there reading them is what takes time, while products that engines have of their own are made for
+many rows. Where one overtakes the other has not been measured."""
+
 
 def linears(program: Program) -> list[Node]:
     """Return the quantized linears of a program."""
@@ -70,11 +79,12 @@ def linears(program: Program) -> list[Node]:
 # --- ahead of the trace -----------------------------------------------------------------------
 
 
-def mark(graph: Graph, kind: str) -> int:
+def mark(graph: Graph, kind: str, *, plugins: bool = False) -> int:
     """Make every quantized linear one node of its name; return the opset that their forms need.
 
-    One whose weights are no constants is left for its kernel's standard lowering. Raises
-    PreconditionError, naming the linear, where the kind of target has no form for it.
+    One whose weights are no constants becomes its kernel's standard lowering. `plugins` allows the
+    forms of LAUNCHED. Raises PreconditionError, naming the linear, where the kind of target has no
+    form for it.
     """
     found = kernel("quantized_linear")
     opset = 0
@@ -82,12 +92,16 @@ def mark(graph: Graph, kind: str) -> int:
         names = [argument.name for argument in found.op._schema.arguments]
         given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         weights = [given[name] for name in ("codes", "scale", "zero")]
-        if all(weight is None or weight.op == "get_attr" for weight in weights):
-            form = _form(node, given, kind)
-            plain = given["bits"] == 8 and given["group"] == _inner(given)
-            opset = max(opset, 0 if plain else form.opset)
-            node.target = _marked
-            node.args, node.kwargs = (*(given[name] for name in names), node.name), {}
+        if not all(weight is None or weight.op == "get_attr" for weight in weights):
+            node.target = found.lowering
+            continue
+        form = _form(node, given, kind)
+        launched = plugins and _key(kind, given) in LAUNCHED and _few_rows(given["x"])
+        plain = launched or (given["bits"] == 8 and given["group"] == _inner(given))
+        opset = max(opset, 0 if plain else form.opset)
+        node.target = _marked
+        words = (*(given[name] for name in names), node.name, int(launched))
+        node.args, node.kwargs = words, {}
     return opset
 
 
@@ -98,18 +112,30 @@ def _marked(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return torch.onnx.ops.symbolic("::".join(MARKED), inputs, words, dtype=x.dtype, shape=shape)
 
 
-WORDS = ("bits", "group", "activations", "step", "origin", "linear")
+WORDS = ("bits", "group", "activations", "step", "origin", "linear", "launched")
 """What a marker says of its linear, beside the tensors."""
 
 
 def _form(node: Node, given: Mapping[str, Any], kind: str) -> Form:
     """Return the form of a linear; PreconditionError where the kind of machine has none."""
-    weights = _weights(given["bits"], given["activations"])
-    found = product(kind, weights, given["activations"])
+    key = _key(kind, given)
+    found = product(*key)
     limit = found if isinstance(found, Limit) else _limit(found, given)
     if limit:
         raise PreconditionError(where(node), f"{kind}: {limit.reason}", limit.remedy)
-    return FORMS[kind, weights, given["activations"]]
+    return FORMS[key]
+
+
+def _key(kind: str, given: Mapping[str, Any]) -> _Key:
+    return kind, _weights(given["bits"], given["activations"]), given["activations"]
+
+
+def _few_rows(x: Node) -> bool:
+    """Tell whether a sample has few rows: all sizes are fixed, but for that of the batch."""
+    first, *others = (*value(x).shape[:-1], 1)
+    batch = isinstance(first, torch.SymInt) and first.node.expr.is_symbol
+    rows = [1 if batch else first, *others]
+    return all(isinstance(size, int) for size in rows) and math.prod(rows) <= FEW_ROWS
 
 
 def _weights(bits: int, activations: str) -> str:
@@ -137,7 +163,7 @@ def expand(model: ir.Model, kind: str) -> None:
     for node in marked:
         linear = Linear.read(node)
         weights = _weights(linear.bits, linear.activations)
-        form = FORMS[kind, weights, linear.activations]
+        form = (LAUNCHED if linear.launched else FORMS)[kind, weights, linear.activations]
         result = _write(draft, form, linear)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         draft.put_before(node)

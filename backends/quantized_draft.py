@@ -20,7 +20,8 @@ class Linear:
     """One quantized linear of an ONNX graph; see `effopt.backends.kernels.quantized_linear`.
 
     codes [N, K] int8, uint8 with a zero [N, G] uint8, or float8_e4m3fn; scale [N, G] float32.
-    `home` is the graph that holds it; linears of one weight agree in `weight`.
+    `home` is the graph that holds it; linears of one weight agree in `weight`. `launched` is 1
+    where it is to be a node of our plugin.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Linear:
     activations: str
     step: float
     origin: int
+    launched: int
 
     @classmethod
     def read(cls, node: ir.Node) -> "Linear":
@@ -107,7 +109,7 @@ class Draft:
         self, linear: Linear, part: str, make: Callable[[], Array | ir.TensorProtocol]
     ) -> ir.Value:
         """Return an initializer, `<linear>.<part>`; one for all linears of that weight and form."""
-        form = (linear.activations, linear.bits, linear.group, linear.x.dtype)
+        form = (linear.activations, linear.bits, linear.group, linear.x.dtype, linear.launched)
         key = ("weight", part, linear.weight, form)
         return self.once(key, lambda: self.constant(f"{linear.name}.{part}", make()))
 

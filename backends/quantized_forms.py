@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir import DataType
 
 from effopt.backend import Array
+from effopt.backends.kernels.quantized_linear import PLUGIN, packed
 from effopt.backends.packing import pack_blocks, pack_pairs, pack_zeros
+from effopt.backends.plugin import DOMAIN
 from effopt.backends.quantized_draft import MICROSOFT, Draft, Linear
 from effopt.errors import PreconditionError
 from effopt.products import CPU_BLOCKS, GPU_BLOCKS
@@ -86,6 +89,29 @@ def _dequantized(draft: Draft, linear: Linear, block: int) -> ir.Value:
     words: dict[str, Any] = {"axis": 0, "block_size": block} if block else {"axis": 1}
     weight = draft.op("DequantizeLinear", *parts, name=f"{linear.name}.weight", **words)
     return _add_bias(draft, linear, draft.op("MatMul", linear.x, weight, name=linear.name))
+
+
+def launched(draft: Draft, linear: Linear) -> ir.Value:
+    """Write the node of our plugin, on rows [M, K]."""
+    x, inner, outputs = linear.x, linear.inner, linear.outputs
+    assert x.shape is not None
+    codes = torch.from_numpy(np.array(linear.codes))
+    zeros = np.zeros(outputs, _real(linear).numpy())
+    read = (
+        draft.weight(linear, "codes", lambda: packed(codes).numpy()),
+        draft.weight(linear, "scale", lambda: linear.scale),
+        draft.weight(linear, "bias", lambda: zeros) if linear.bias is None else linear.bias,
+    )
+    if len(x.shape) == 2:
+        return draft.op(PLUGIN.name, x, *read, name=linear.name, domain=DOMAIN)
+    rows = draft.op("Reshape", x, _sizes(draft, -1, inner))
+    product = draft.op(PLUGIN.name, rows, *read, name=linear.name, domain=DOMAIN)
+    fixed = [int(size) for size in x.shape[1:-1]]  # type: ignore[arg-type]
+    return draft.op("Reshape", product, _sizes(draft, -1, *fixed, outputs))
+
+
+def _sizes(draft: Draft, *sizes: int) -> ir.Value:
+    return draft.once(("sizes", sizes), lambda: draft.constant("sizes", np.array(sizes)))
 
 
 # --- activations rounded at run time ----------------------------------------------------------

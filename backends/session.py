@@ -1,11 +1,14 @@
 """Running an ONNX file in onnxruntime; free of torch."""
 
 import importlib.util
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from effopt.backend import YES, Array, Support
 from effopt.backends.onnx_check import FLOAT8, check_file
+from effopt.backends.ort_providers import CPU, WANTED, Bound, choose, refusals
 from effopt.errors import MissingError, UsageError, VerificationError
 from effopt.signature import Signature
 
@@ -20,20 +23,34 @@ def runtime() -> Support:
 
 
 class Session:
-    """A model file in onnxruntime on the CPU: flat arrays in and out, in the signature's order."""
+    """A model file in onnxruntime: flat arrays in and out, in the signature's order.
+
+    `providers` are the execution providers that it has, the first does the work; `reasons` say
+    why it has not those that its target wants before them, and `note` says it in one line.
+    """
 
     def __init__(
-        self, path: Path, signature: Signature, *, check_only: bool = False, alone: bool = True
+        self,
+        path: Path,
+        signature: Signature,
+        *,
+        check_only: bool = False,
+        alone: bool = True,
+        kind: str = "cpu",
     ) -> None:
         """Check the file, then open it; `check_only` skips what makes it fast and takes memory.
 
         Where it is not `alone`, and others of the process take turns with it, its threads do not
         spin for work: those of segments took two to three times as long, beside each other.
+        `kind` is that of a target: on "gpu" it runs there if it can, unless it is to `check_only`.
         Raises UnsafeFileError for a file that is no plain model, MissingError where onnxruntime
         is not installed, VerificationError where it cannot load the file.
         """
         pairs = bool(check_file(path) & FLOAT8)
-        self._session = _open(path, check_only, pairs=pairs, alone=alone)
+        opened = partial(_open, path, check_only, pairs=pairs, alone=alone)
+        chosen = choose(WANTED["cpu" if check_only else kind], _imported(), opened)
+        self.providers, self.reasons = chosen.providers, chosen.reasons
+        self._session = chosen.session
         self._inputs = [spec.port for spec in signature.inputs]
         self._outputs = [spec.port for spec in signature.outputs]
         found = [port.name for port in self._session.get_inputs()]
@@ -46,13 +63,24 @@ class Session:
         if given != self._outputs:
             reason = f"{path.name} gives {given}, its signature says {self._outputs}"
             raise VerificationError(reason, "build the engine again")
+        self._bound = Bound(chosen, self._outputs, _imported()) if chosen.on_gpu else None
+
+    @property
+    def note(self) -> str:
+        """Why it does not run where its target wants it; "" where it does."""
+        return "; ".join(self.reasons)
 
     def run(self, inputs: list[Array]) -> list[Array]:
-        """Run once; UsageError for inputs that the model cannot take, such as an unknown token."""
+        """Run once; UsageError for inputs that the model cannot take, such as an unknown token.
+
+        MissingError where the GPU has not enough memory.
+        """
         feeds = dict(zip(self._inputs, inputs, strict=True))
+        if self._bound:
+            return self._bound.run(feeds)
         try:
             outputs: list[Array] = self._session.run(self._outputs, feeds)
-        except _refusals() as error:
+        except refusals() as error:
             first = str(error).strip().splitlines()[0]
             remedy = "check that the values and sizes are some that the model takes"
             raise UsageError(f"onnxruntime cannot run on these inputs: {first}", remedy) from error
@@ -74,16 +102,14 @@ def _open(
     *,
     pairs: bool = False,
     alone: bool = True,
+    providers: Sequence[str] = (CPU,),
 ) -> Any:
     """Open a file; `pairs` leaves quantize-dequantize pairs where they are.
 
     onnxruntime moves codes into integer products and transposes, which take no 8-bit floats, and
     then refuses the graph that it made.
     """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise MissingError("onnxruntime is not installed", _REMEDY) from error
+    onnxruntime = _imported()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: its warnings are about its own choices
     if check_only:
@@ -97,24 +123,19 @@ def _open(
         options.optimized_model_filepath = str(optimized)
         weights = "session.optimized_model_external_initializers_file_name"
         options.add_session_config_entry(weights, f"{optimized.name}.data")
+    # Left alone, it prints that a provider failed, and goes on with another.
+    more = {} if len(providers) == 1 else {"enable_fallback": 0}
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except _refusals() as error:
+        return onnxruntime.InferenceSession(str(path), options, providers=[*providers], **more)
+    except refusals() as error:
         reason = f"onnxruntime cannot load {path.name}: {str(error).strip().splitlines()[0]}"
         raise VerificationError(reason, "report this model: the export is at fault") from error
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """Return onnxruntime's own exceptions: they have no base class but Exception."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
-
-    names = (
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-    )
-    return tuple(getattr(states, name) for name in names)
+def _imported() -> Any:
+    """Return onnxruntime; MissingError where it is not installed."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingError("onnxruntime is not installed", _REMEDY) from error
+    return onnxruntime

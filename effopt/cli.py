@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NoReturn
 
-from effopt.commands import bench, convert, inspect, tables, verify
+from effopt.commands import bench, build, convert, inspect, tables, verify
 from effopt.console import Answer, Progress
 from effopt.errors import UsageError, unknown
 
@@ -35,12 +35,14 @@ def _table(name: str, run: Callable[[argparse.Namespace, Progress], Answer]) -> 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "convert": Command(convert.SUMMARY, convert.EXAMPLES, convert.configure, convert.run),
+        "build": Command(build.SUMMARY, build.EXAMPLES, build.configure, build.run),
         "inspect": Command(inspect.SUMMARY, inspect.EXAMPLES, inspect.configure, inspect.run),
         "bench": Command(bench.SUMMARY, bench.EXAMPLES, bench.configure, bench.run),
         "verify": Command(verify.SUMMARY, verify.EXAMPLES, verify.configure, verify.run),
         "passes": _table("passes", tables.passes),
         "recipes": _table("recipes", tables.recipes),
         "targets": _table("targets", tables.targets),
+        "kernels": _table("kernels", tables.kernels),
     }
 )
 

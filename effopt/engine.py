@@ -64,6 +64,11 @@ class Engine:
         return MappingProxyType(self._manifest.to_json())
 
     @property
+    def note(self) -> str:
+        """Why something else runs in the place of the engine of this folder; "" where it runs."""
+        return str(getattr(self._runner, "note", ""))
+
+    @property
     def reference(self) -> dict[str, Array]:
         """The stored arrays "input.<name>", "original.<output>" and "optimized.<output>"."""
         return read_reference(self.folder)

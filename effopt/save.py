@@ -31,6 +31,9 @@ BUDGET = 4.0
 HEAVY = 64 << 20
 """Bytes of weights from which the engine is checked in a process of its own."""
 
+_PORTABLE = "onnx"
+"""The backend that runs the files of an engine which is still pending."""
+
 _COPIED = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|special_tokens_map|"
     r"tokenizer|tokenizer_config|vocab|added_tokens)\.json|(vocab|merges)\.txt|"
@@ -62,12 +65,13 @@ def _fill(optimized: Optimized, fresh: Path, measure: bool) -> tuple[folders.Man
     manifest = _manifest(optimized, optimized.program, artifact, optimized.report)
     folders.seal(fresh, manifest)
     notes, latency = list(optimized.report.notes), tuple[Latency, ...]()
-    if vendor.available().ok:
+    here = backend(_PORTABLE).available() if artifact.pending else vendor.available()
+    if here.ok:
         with clock.stage("check"):
             _check(vendor, fresh, manifest, optimized.program.weight_bytes() > HEAVY)
-        if measure and not target.gpu:
+        if measure and not artifact.pending:
             latency = _measure(optimized, vendor, fresh, clock)
-    elif (note := f"not run here: {vendor.available().reason}") not in notes:
+    elif (note := f"not run here: {here.reason}") not in notes:
         notes.append(note)
     report = refresh(
         optimized.report, clock, latency=latency, pending=artifact.pending, notes=tuple(notes)

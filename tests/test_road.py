@@ -135,7 +135,7 @@ def test_a_gpu_target_writes_the_portable_file_and_says_what_is_pending(tmp_path
     model, inputs = zoo.make("vit")
     optimized = effopt.optimize(model, inputs, target="a100", recipe="merge-tokens{r=3}")
     engine = effopt.load(optimized.save(tmp_path / "out"))
-    assert engine.manifest["pending"] == "engine: to be built on sm_80 from model.onnx"
+    assert engine.manifest["pending"] == "engine: to be built on sm_80 with effopt build"
     assert optimized.report.pending == engine.manifest["pending"]
     assert optimized.report.latency == (), "what has not run has no time"
     assert all(figure.ok for figure in check(engine)), "the portable file is right on the CPU"

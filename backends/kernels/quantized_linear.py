@@ -9,14 +9,18 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from onnxscript import opset20
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
 from effopt.axes import AxisMap, Dims, unify
 from effopt.axis_rules import align, argument
+from effopt.backends.plugin import Plugin, Port, Value, call
 from effopt.errors import UsageError
 from effopt.kernel import Kernel
+
+op: Any = opset20  # its stubs know eager tensors only
 
 E4M3 = torch.float8_e4m3fn
 """8-bit floats of 4 bits of exponent and 3 of mantissa: up to 448, without infinities."""
@@ -172,7 +176,10 @@ def axes(found: AxisMap, node: Node) -> Dims:
 
 
 def samples() -> list[tuple[object, ...]]:
-    """Blocks and whole rows, each kind of codes and activations, with and without zero and bias."""
+    """Blocks and whole rows, each kind of codes and activations, with and without zero and bias.
+
+    4-bit ones of 1 to 11 rows, of several blocks and of more inputs than a block's threads take.
+    """
     draw = torch.Generator().manual_seed(7)
     x, bias = torch.randn(2, 3, 64, generator=draw), torch.randn(5, generator=draw)
     wide = torch.randint(-128, 128, (5, 64), generator=draw, dtype=torch.int8)
@@ -181,9 +188,13 @@ def samples() -> list[tuple[object, ...]]:
     zero = torch.randint(0, 16, (5, 2), generator=draw, dtype=torch.uint8)
     positive = (narrow + 8).to(torch.uint8)
     floats = (100 * torch.randn(5, 64, generator=draw)).to(E4M3)
+    many = torch.randn(11, 2176, generator=draw)
+    codes = torch.randint(-8, 8, (19, 2176), generator=draw, dtype=torch.int8)
+    scale = torch.rand(19, 34, generator=draw) * 0.002 + 0.001
     return [
         (x, narrow, blocks, None, bias, 4, 32, "float", 1.0, 0),
         (x[0], positive, blocks, zero, None, 4, 32, "float", 1.0, 0),
+        *((many[:m], codes, scale, None, None, 4, 64, "float", 1.0, 0) for m in (1, 2, 4, 11)),
         (x.half(), wide, rows, None, bias, 8, 64, "float", 1.0, 0),
         (x, wide, rows, None, bias, 8, 64, "tensor", 1.0, 0),
         (x[0], wide, rows, None, None, 8, 64, "row", 1.0, 0),
@@ -192,4 +203,77 @@ def samples() -> list[tuple[object, ...]]:
     ]
 
 
-KERNEL = Kernel(torch.ops.effopt.quantized_linear.default, lowering, axes, samples, 1e-6)
+# --- on a GPU ---------------------------------------------------------------------------------
+
+CHUNK = 32
+"""Codes that a thread reads at once: blocks are a multiple of it."""
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Put neighbours a, b of 4-bit codes [N, K] int8 into one byte, 16 b + a + 8: [N, K / 2] int8.
+
+    Arithmetic takes them apart in a function, and one exclusive or gives eight codes from 0 up.
+    """
+    return 16 * codes[:, 1::2] + (codes[:, ::2] + 8)
+
+
+def body(x: Value, codes: Value, scale: Value, bias: Value) -> Value:
+    """Take the codes apart, scale them, multiply and add in float32.
+
+    Bytes become floats by DequantizeLinear: TensorRT has no other use for such a constant.
+    """
+    both = op.DequantizeLinear(codes, op.Constant(value_float=1.0))
+    high = op.Floor(op.Div(both, 16.0))
+    low = op.Sub(op.Sub(both, op.Mul(high, 16.0)), 8.0)
+    pairs = op.Concat(op.Unsqueeze(low, [2]), op.Unsqueeze(high, [2]), axis=2)
+    blocks = op.Reshape(pairs, op.Concat(op.Shape(scale), [-1], axis=0))
+    scaled = op.Mul(blocks, op.Unsqueeze(scale, [2]))
+    weight = op.Reshape(scaled, op.Concat(op.Shape(codes, start=0, end=1), [-1], axis=0))
+    product = op.MatMul(op.Cast(x, to=1), op.Transpose(weight, perm=[1, 0]))
+    return op.CastLike(op.Add(product, op.Cast(bias, to=1)), x)
+
+
+def adapt(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    activations: str,
+    step: float,
+    origin: int,
+) -> Tensor:
+    """Launch for symmetric 4-bit weights and float activations, as rows.
+
+    Files have the weights packed already, see `effopt.backends.quantized_forms.launched`.
+    """
+    if bits != 4 or zero is not None or activations != "float" or group % CHUNK:
+        return lowering(x, codes, scale, zero, bias, bits, group, activations, step, origin)
+    added = x.new_zeros(codes.shape[0]) if bias is None else bias.to(x.dtype)
+    (y,) = call(PLUGIN, (x.reshape(-1, codes.shape[1]), packed(codes), scale, added))
+    return y.reshape(*x.shape[:-1], codes.shape[0])
+
+
+PLUGIN = Plugin(
+    name="Int4Linear",
+    stem="quantized_linear",
+    inputs=(
+        Port("x", "T", ("M", "K")),
+        Port("codes", "int8", ("N", "P")),
+        Port("scale", "float32", ("N", "G")),
+        Port("bias", "T", ("N",)),
+    ),
+    outputs=(Port("y", "T", ("M", "N")),),
+    scalars=("M", "N", "K", "G"),
+    grid=("cdiv(N, 8)", "cdiv(M, 8)", "1"),
+    block=128,
+    shared="8448",
+    body=body,
+    adapt=adapt,
+)
+"""Weights are read once for 8 rows. x and codes begin at a multiple of 16 bytes, as memory of
+engines does."""
+
+KERNEL = Kernel(torch.ops.effopt.quantized_linear.default, lowering, axes, samples, 1e-6, PLUGIN)

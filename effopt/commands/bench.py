@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
     engine = load(arguments.folder)
     sizes = arguments.batch or batches(engine)
     with tempfile.TemporaryDirectory(prefix="effopt-") as scratch:
-        engines = _baseline(arguments, Path(scratch), progress)
+        engines = _baseline(arguments, engine, Path(scratch), progress)
         engines[_name(arguments.folder, engines)] = engine
         report = _measured(engines, sizes, arguments.seconds, progress)
     return Answer(_document(arguments.folder, report), report.text())
@@ -79,9 +79,12 @@ def _name(path: str, taken: dict[str, "Engine"]) -> str:
 
 
 def _baseline(
-    arguments: argparse.Namespace, scratch: Path, progress: Progress
+    arguments: argparse.Namespace, engine: "Engine", scratch: Path, progress: Progress
 ) -> dict[str, "Engine"]:
-    """Load the other folder, or make the plain export of a model, which no lossy pass touches."""
+    """Load the other folder, or make the plain export of a model, which no lossy pass touches.
+
+    It gets the backend, the target and the options of the engine, where that runs on its device.
+    """
     from effopt.engine import load
     from effopt.folder import is_engine
 
@@ -95,9 +98,22 @@ def _baseline(
 
     progress.stage("load model")
     model, inputs = load_model(against, trust=arguments.trust)
-    exact = optimize(model, inputs, target="cpu", recipe="exact", progress=progress.stage)
+    machine = str(engine.manifest["target"]) if _on_device(engine) else "cpu"
+    exact = optimize(model, inputs, target=machine, recipe="exact", progress=progress.stage)
     progress.stage("export the baseline")
-    return {f"exact export of {_name(against, {})}": load(exact.save(scratch / "exact"))}
+    folder = exact.save(scratch / "exact", measure=False)
+    if _on_device(engine):
+        from effopt.finish import finish_like
+
+        folder = finish_like(folder, engine.manifest, progress.stage)
+    return {f"exact export of {_name(against, {})}": load(folder)}
+
+
+def _on_device(engine: "Engine") -> bool:
+    """Tell whether an engine was built for a device and runs on it."""
+    from effopt.finish import ENGINE
+
+    return ENGINE in engine.manifest["facts"] and not engine.note
 
 
 def _measured(
@@ -130,13 +146,14 @@ def _measured(
 
 def _notes(engine: "Engine") -> tuple[str, ...]:
     """Say so where the times are not those of the machine that the folder was made for."""
-    from effopt.target import TARGETS
+    from effopt.target import target
 
-    made_for = TARGETS.get(str(engine.manifest["target"]))
-    if made_for is None or made_for.arch == "cpu":
+    made_for = target(str(engine.manifest["target"]))
+    if made_for.arch == "cpu" or _on_device(engine):
         return ()
     where = f"its target {made_for.name} ({made_for.arch})" if made_for.gpu else "an engine"
-    return (f"these are times of the portable file on this CPU, not of {where}",)
+    note = f"these are times of the portable file on this CPU, not of {where}"
+    return (note, engine.note) if engine.note else (note,)
 
 
 def _document(folder: str, report: "Report") -> dict[str, Any]:

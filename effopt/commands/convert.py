@@ -106,7 +106,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
     progress.stage("save")
     folder = optimized.save(output)
     report = optimized.report
-    text = f"{folder}" if arguments.quiet else f"{report.text()}\n{_next(folder)}"
+    pending = bool(report.pending)
+    text = f"{folder}" if arguments.quiet else f"{report.text()}\n{_next(folder, pending)}"
     return Answer({"folder": str(folder), "report": report.to_json()}, text)
 
 
@@ -119,5 +120,7 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"{output} exists and is no engine folder", "choose another name for it")
 
 
-def _next(folder: Path) -> str:
-    return f"written: {folder}\nreport:  {folder / 'report.html'}\nnext:    effopt bench {folder}"
+def _next(folder: Path, pending: bool) -> str:
+    step = f"effopt build {folder}   (on the machine that has the GPU)"
+    step = step if pending else f"effopt bench {folder}"
+    return f"written: {folder}\nreport:  {folder / 'report.html'}\nnext:    {step}"

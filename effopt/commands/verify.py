@@ -59,9 +59,11 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
         "files": count,
         "outputs": [asdict(found) for found in figures],
         "against": against,
+        "notes": [engine.note] if engine.note else [],
         **({"exits": exits.to_json()} if exits else {}),
     }
-    text = f"{count} files are as written\n\n{_text(figures, against)}"
+    note = f"{engine.note}\n" if engine.note else ""
+    text = f"{count} files are as written\n{note}\n{_text(figures, against)}"
     return Answer(document, f"{text}\n{exits.text()}" if exits else text)
 
 
