@@ -45,8 +45,9 @@ zoo: setup
 bench: setup
 	$(BIN)/python -m examples.bench
 
-test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+# GPU_PYTHON is for a machine that has its own torch with CUDA; nothing is installed there.
+test-gpu: $(if $(GPU_PYTHON),,setup)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu
 
 train: setup
 	$(BIN)/python -m examples.digits.train
