@@ -4,7 +4,7 @@ Columns are rounded one after the other; what a column's rounding changes in the
 back, as far as it can be, by the columns that are still to come.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ ROWS = 256
 
 def gptq(
     weight: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | Callable[[], Tensor],
     grid: Grid,
     *,
     damp: float = 0.01,
@@ -34,9 +34,10 @@ def gptq(
 ) -> Rounded:
     """Round a weight [N, K] so that its outputs over the calibration inputs change little.
 
-    `hessian` [K, K] is any positive multiple of the sum of x x^T over inputs x [K]. `damp` times
-    its mean diagonal is added to the diagonal, and more where it is not positive definite. Of
-    `block` columns errors are fed forward together, which changes the speed and not the result.
+    `hessian` [K, K] is any positive multiple of the sum of x x^T over inputs x [K], or what reads
+    it anew each time, so that it takes no memory beside its factor. `damp` times its mean diagonal
+    is added to the diagonal, and more where it is not positive definite. Of `block` columns errors
+    are fed forward together, which changes the speed and not the result.
     Steps of a block are fixed, when it begins, from weights with the feedback so far. With `order`
     columns go by falling diagonal, and steps come from the weights as given. A channel that no
     input has used is rounded to nearest. Raises UsageError.
@@ -46,13 +47,12 @@ def gptq(
     blocks = grid.cut(weight)
     count, group = weight.shape[1], blocks.shape[2]
     scale, zero = steps(blocks, grid)
-    mean = check_hessian(hessian, count)
+    read = hessian if callable(hessian) else lambda: hessian
+    mean, diagonal = _diagonal(read(), count)
     visited = torch.arange(count, device=weight.device)
     if order:
-        diagonal = hessian.diagonal()
         visited = torch.where(diagonal > 0, diagonal, mean).argsort(descending=True, stable=True)
-    wide = _cholesky(hessian, visited.flip(0), mean, damp)
-    del hessian  # of K * K numbers, as the next: of what the caller lets go none stays
+    wide = _cholesky(read, visited.flip(0), mean, damp)  # of K * K numbers, as the next two
     lower = wide.float()
     del wide
     factor = _inverse(lower).to(weight.device)
@@ -78,6 +78,11 @@ def gptq(
     placed[visited] = codes
     del factor, codes
     return rounded(placed.T.contiguous(), scale, zero, grid)
+
+
+def _diagonal(hessian: Tensor, columns: int) -> tuple[float, Tensor]:
+    """Check a Hessian, and return the mean of its diagonal as `check_hessian`, and the diagonal."""
+    return check_hessian(hessian, columns), hessian.diagonal().clone()
 
 
 def checked_hessian(hessian: Tensor, columns: int) -> Tensor:
@@ -126,13 +131,13 @@ def _scaled(hessian: Tensor, order: Tensor, mean: float) -> Tensor:
     return made
 
 
-def _cholesky(hessian: Tensor, order: Tensor, mean: float, damp: float) -> Tensor:
+def _cholesky(read: Callable[[], Tensor], order: Tensor, mean: float, damp: float) -> Tensor:
     """Return L [K, K] float64, lower triangular, with L L^T the scaled and damped Hessian."""
     if damp < 0:
         raise UsageError(f"damp is {damp}", "give a share of the mean diagonal, such as 0.01")
-    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    failed = torch.empty((), dtype=torch.int32, device=order.device)
     for added in (damp, *(more for more in RAISED if more > damp)):
-        lower = _scaled(hessian, order, mean).mT  # it is symmetric: this is what LAPACK works in
+        lower = _scaled(read(), order, mean).mT  # it is symmetric: this is what LAPACK works in
         lower.diagonal().add_(added)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and lower.diagonal().min() > LEAST_PIVOT:

@@ -95,7 +95,7 @@ def _rounded(
     if plan.scheme.rounding in FLOATS:
         return FLOATS[plan.scheme.rounding](weight, plan, seen)
     if plan.scheme.rounding == "gptq" and seen is not None:
-        return gptq(weight, seen.read_hessian(), plan.grid, order=True)
+        return gptq(weight, seen.read_hessian, plan.grid, order=True)
     if plan.clip and plan.scaling == "awq" and seen is not None and not _only_logits(layer.node):
         weight = search_clip(seen.rows, weight, plan.grid)
     return round_weight(weight, plan.grid)
