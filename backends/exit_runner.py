@@ -6,12 +6,10 @@ as values, of 8 rows 5.6 and 5.8 ms, of 32 rows 32 and 31 ms (one thread, median
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from effopt.backend import Array, Runner
-from effopt.backends.session import Session
 from effopt.backends.split_record import SegmentFile, Split, read_split
 from effopt.exit_flow import Flow, Part
 from effopt.signature import Signature
@@ -20,7 +18,7 @@ Run = Callable[[list[Array]], list[Array]]
 
 
 class ExitRunner:
-    """All segments in onnxruntime on the CPU: flat arrays in and out, in the signature's order.
+    """All segments: flat arrays in and out, in the signature's order.
 
     `flow` runs segments one by one, for queues.
     """
@@ -30,20 +28,25 @@ class ExitRunner:
         folder: Path,
         signature: Signature,
         record: Any,
-        *,
-        check_only: bool = False,
-        opened: Callable[[Path, Signature], Runner] | None = None,
+        opened: Callable[[Path, Signature], Runner],
     ) -> None:
-        """Check the record and all files, then open them; `check_only` is as with `Session`.
+        """Check the record and all files, then open each with `opened`, such as a `Session`.
 
-        `opened` opens one file where that is not for onnxruntime.
-
-        Raises UnsafeFileError for a record that does not hold together, and what `Session` does.
+        Raises UnsafeFileError for a record that does not hold together, and what `opened` does.
         """
         split = read_split(record, signature, folder)
-        one = opened or partial(Session, check_only=check_only, alone=False)
-        runs = [one(folder / part.file, part.signature).run for part in split.segments]
-        self.flow = _flow(split, runs, signature)
+        self.parts = [opened(folder / part.file, part.signature) for part in split.segments]
+        self.flow = _flow(split, [part.run for part in self.parts], signature)
+
+    @property
+    def place(self) -> str:
+        """What does the work, as with `Session`."""
+        return str(getattr(self.parts[0], "place", ""))
+
+    @property
+    def note(self) -> str:
+        """Why it does not run where its target wants it, as with `Session`."""
+        return str(getattr(self.parts[0], "note", ""))
 
     def run(self, inputs: list[Array]) -> list[Array]:
         """Run once, thresholds last; a segment runs on the rows that have not left before it.

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from effopt.signature import Signature
 from effopt.target import Target
 
 if TYPE_CHECKING:
+    from effopt.backends.exit_runner import ExitRunner
+    from effopt.backends.session import Session
     from effopt.program import Program
 
 MODEL = "model.onnx"
@@ -80,15 +83,21 @@ def models(artifact: Artifact) -> list[str]:
 
 
 def opened(
-    folder: Path, signature: Signature, facts: Mapping[str, Any], *, check_only: bool = False
-) -> Runner:
-    """Open what `write` wrote in onnxruntime; `check_only` and errors are as with `Session`."""
+    folder: Path,
+    signature: Signature,
+    facts: Mapping[str, Any],
+    *,
+    check_only: bool = False,
+    kind: str = "cpu",
+) -> "Session | ExitRunner":
+    """Open what `write` wrote in onnxruntime; options and errors are as with `Session`."""
     from effopt.backends.exit_runner import ExitRunner
     from effopt.backends.session import Session
 
     if "split" in facts:
-        return ExitRunner(folder, signature, facts["split"], check_only=check_only)
-    return Session(folder / MODEL, signature, check_only=check_only)
+        one = partial(Session, check_only=check_only, alone=False, kind=kind)
+        return ExitRunner(folder, signature, facts["split"], one)
+    return Session(folder / MODEL, signature, check_only=check_only, kind=kind)
 
 
 class Onnx:

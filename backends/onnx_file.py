@@ -9,8 +9,8 @@ import onnx_ir as ir
 from effopt.backends.onnx import MODEL, WEIGHTS
 from effopt.backends.onnx_plugins import attach
 from effopt.backends.onnx_tidy import drop_zero_adds
-from effopt.backends.plugin import DOMAIN
 from effopt.errors import PreconditionError, VerificationError
+from effopt.plugin import DOMAIN
 from effopt.signature import Signature, TensorSpec
 
 EXTERNAL_FROM = 100_000_000

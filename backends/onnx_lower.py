@@ -22,8 +22,11 @@ from torch.fx import Graph, Node
 
 from effopt.backends import quantized
 from effopt.backends.fuse import fuse
+from effopt.backends.fuse_pool import fuse_pool
+from effopt.backends.onnx_plugins import plugin_node
 from effopt.errors import PreconditionError
 from effopt.kernel import adapters, lowerings
+from effopt.plugin import running
 from effopt.program import Program, where
 from effopt.signature import Size, TensorSpec
 
@@ -55,9 +58,10 @@ def lower(
     opset = max(opset, quantized.mark(fork.module.graph, kind, plugins=plugins))
     if plugins:
         fuse(fork.module.graph)
+        fuse_pool(fork.module.graph)
     _prepare(fork.module.graph, plugins)
     fork.compile()
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), running(plugin_node):
         exported = _trace(fork)
         made = _translate(exported, fork, opset)
     quantized.expand(made, kind)

@@ -6,16 +6,18 @@ With its function a node runs in every runtime: in one that has a plugin of that
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import onnxscript
+import torch
 from onnx import FunctionProto
 from onnx.helper import make_opsetid
+from torch import Tensor
 
-from effopt.backends.plugin import DOMAIN, Plugin
 from effopt.kernel import kernels
+from effopt.plugin import DOMAIN, Plugin, results
 
 VERSION = 1
 """Of the domain, and of every plugin in it."""
@@ -26,6 +28,22 @@ def plugins() -> Mapping[str, Plugin]:
     """Return all plugins by the names of their nodes."""
     found = [made.plugin for made in kernels().values() if made.plugin is not None]
     return {plugin.name: plugin for plugin in found}
+
+
+def plugin_node(
+    plugin: Plugin, inputs: Sequence[Tensor], attributes: Mapping[str, float]
+) -> Sequence[Tensor]:
+    """Put the node of a plugin into a trace for ONNX, with values of zeros; see `running`."""
+    kinds, shapes = zip(*results(plugin, inputs, attributes), strict=True)
+    found: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{plugin.name}",
+        inputs,
+        dict(attributes),
+        dtypes=kinds,
+        shapes=shapes,
+        version=1,
+    )
+    return found
 
 
 def attach(model: ir.Model) -> None:

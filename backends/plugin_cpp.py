@@ -10,9 +10,9 @@ from pathlib import Path
 
 from effopt.backends.nvcc import Ptx, compile_ptx
 from effopt.backends.onnx_plugins import plugins
-from effopt.backends.plugin import FLOAT_TYPE, Plugin, Port
-from effopt.backends.sizes import cpp, names
 from effopt.errors import UsageError
+from effopt.plugin import FLOAT_TYPE, Plugin, Port
+from effopt.sizes import cpp, names
 
 SOURCE = Path(__file__).resolve().parent / "plugin_source"
 TABLE = "effopt_table.cpp"

@@ -20,6 +20,7 @@ from effopt.backends import quantized_forms as forms
 from effopt.backends.quantized_draft import MICROSOFT, Draft, Linear
 from effopt.errors import PreconditionError
 from effopt.kernel import kernel
+from effopt.plugin import DOMAIN
 from effopt.products import Limit, Product, product
 from effopt.program import Program, value, where
 
@@ -132,10 +133,10 @@ def _key(kind: str, given: Mapping[str, Any]) -> _Key:
 
 def _few_rows(x: Node) -> bool:
     """Tell whether a sample has few rows: all sizes are fixed, but for that of the batch."""
-    first, *others = (*value(x).shape[:-1], 1)
-    batch = isinstance(first, torch.SymInt) and first.node.expr.is_symbol
-    rows = [1 if batch else first, *others]
-    return all(isinstance(size, int) for size in rows) and math.prod(rows) <= FEW_ROWS
+    sizes: list[Any] = list(value(x).shape[:-1])
+    if sizes and isinstance(sizes[0], torch.SymInt) and sizes[0].node.expr.is_symbol:
+        del sizes[0]
+    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= FEW_ROWS
 
 
 def _weights(bits: int, activations: str) -> str:
@@ -172,8 +173,8 @@ def expand(model: ir.Model, kind: str) -> None:
         node.graph.remove(node, safe=True)
     _drop_unread(model.graph)
     model.opset_imports.pop(MARKED[0], None)
-    if any(node.domain == MICROSOFT for node in model.graph.all_nodes()):
-        model.opset_imports[MICROSOFT] = 1
+    for domain in {node.domain for node in model.graph.all_nodes()} & {MICROSOFT, DOMAIN}:
+        model.opset_imports[domain] = 1
 
 
 def _write(draft: Draft, form: Form, linear: Linear) -> ir.Value:

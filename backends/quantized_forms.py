@@ -16,9 +16,9 @@ from onnx_ir import DataType
 from effopt.backend import Array
 from effopt.backends.kernels.quantized_linear import PLUGIN, packed
 from effopt.backends.packing import pack_blocks, pack_pairs, pack_zeros
-from effopt.backends.plugin import DOMAIN
 from effopt.backends.quantized_draft import MICROSOFT, Draft, Linear
 from effopt.errors import PreconditionError
+from effopt.plugin import DOMAIN
 from effopt.products import CPU_BLOCKS, GPU_BLOCKS
 
 _RAGGED = 32

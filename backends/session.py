@@ -66,6 +66,12 @@ class Session:
         self._bound = Bound(chosen, self._outputs, _imported()) if chosen.on_gpu else None
 
     @property
+    def place(self) -> str:
+        """What does the work: "CPU", or the GPU with its provider."""
+        first = self.providers[0].removesuffix("ExecutionProvider")
+        return first if self._bound is None else f"GPU ({first})"
+
+    @property
     def note(self) -> str:
         """Why it does not run where its target wants it; "" where it does."""
         return "; ".join(self.reasons)

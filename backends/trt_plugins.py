@@ -12,8 +12,8 @@ from typing import Any
 
 from effopt.backend import YES, Support
 from effopt.backends.onnx_plugins import plugins
-from effopt.backends.plugin import DOMAIN, FLOAT_TYPE, FLOATS, Plugin, Port
-from effopt.backends.sizes import Algebra, bits, evaluate
+from effopt.plugin import DOMAIN, FLOAT_TYPE, FLOATS, Plugin, Port
+from effopt.sizes import Algebra, bits, evaluate
 
 LEAST_VERSION = (10, 10)
 

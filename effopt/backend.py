@@ -41,13 +41,15 @@ class Artifact:
     """What a build wrote into its folder: file names, and facts for the manifest.
 
     `ports` maps each input and output name of the signature that had to be renamed in the file.
-    `pending` says what is still to be done elsewhere ("engine: to be built on sm_80 ..."), or "".
+    `pending` says what is still to be done elsewhere ("engine: to be built on sm_80 ..."), or "";
+    `unchecked` why until then nothing here can run what was written, or "".
     """
 
     files: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     ports: Mapping[str, str] = field(default_factory=dict)
     pending: str = ""
+    unchecked: str = ""
 
 
 class Runner(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NoReturn
 
-from effopt.commands import bench, build, convert, inspect, tables, verify
+from effopt.commands import bench, build, convert, inspect, kernels, tables, verify
 from effopt.console import Answer, Progress
 from effopt.errors import UsageError, unknown
 
@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "passes": _table("passes", tables.passes),
         "recipes": _table("recipes", tables.recipes),
         "targets": _table("targets", tables.targets),
-        "kernels": _table("kernels", tables.kernels),
+        "kernels": Command(kernels.SUMMARY, kernels.EXAMPLES, kernels.configure, kernels.run),
     }
 )
 

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from effopt.errors import unknown
 
 if TYPE_CHECKING:
-    from effopt.backends.plugin import Plugin
+    from effopt.plugin import Plugin
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Kernel:
     `lowering` is the same function in operators that every exporter knows, in fixed tie order.
     `axes` is its row in the table of axis rules. `samples` makes arguments to check `lowering`
     against `op`; results may differ by `tolerance` times the largest value. `plugin` is its form
-    on a GPU, see `effopt.backends.plugin`; None where standard operators are as good.
+    on a GPU, see `effopt.plugin`; None where standard operators are as good.
     """
 
     op: OpOverload

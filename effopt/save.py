@@ -10,7 +10,7 @@ from typing import Any
 
 from effopt import folder as folders
 from effopt.apart import check_folder, time_folders
-from effopt.backend import Artifact, Backend, as_array, backend
+from effopt.backend import Artifact, Backend, Support, as_array, backend
 from effopt.engine import Engine, check
 from effopt.errors import PreconditionError, VerificationError
 from effopt.exits import find_exits, with_thresholds, without_exits
@@ -65,7 +65,7 @@ def _fill(optimized: Optimized, fresh: Path, measure: bool) -> tuple[folders.Man
     manifest = _manifest(optimized, optimized.program, artifact, optimized.report)
     folders.seal(fresh, manifest)
     notes, latency = list(optimized.report.notes), tuple[Latency, ...]()
-    here = backend(_PORTABLE).available() if artifact.pending else vendor.available()
+    here = _runnable(vendor, artifact)
     if here.ok:
         with clock.stage("check"):
             _check(vendor, fresh, manifest, optimized.program.weight_bytes() > HEAVY)
@@ -81,6 +81,13 @@ def _fill(optimized: Optimized, fresh: Path, measure: bool) -> tuple[folders.Man
     (fresh / "report.json").write_text(json.dumps(report.to_json(), indent=1))
     (fresh / "report.html").write_text(report.html(), encoding="utf-8")
     return _manifest(optimized, optimized.program, artifact, report), report
+
+
+def _runnable(vendor: Backend, artifact: Artifact) -> Support:
+    """Tell whether what was built can be run here; a pending engine is run by its files."""
+    if artifact.unchecked:
+        return Support(False, artifact.unchecked)
+    return backend(_PORTABLE).available() if artifact.pending else vendor.available()
 
 
 def _build(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from effopt.backends.plugin import Plugin
+from effopt.plugin import Plugin
 
 STUBS = Path(__file__).parent / "stubs"
 GXX = ("g++", "-std=c++17", "-Wall", "-Wextra", "-Werror")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effopt.backends import nvcc
 from effopt.backends.onnx_plugins import VERSION, function
-from effopt.backends.plugin import DOMAIN, FLOAT_TYPE, Plugin, results
+from effopt.plugin import DOMAIN, FLOAT_TYPE, Plugin, results
 
 KINDS = {
     torch.float32: onnx.TensorProto.FLOAT,

@@ -1,7 +1,8 @@
 """A stand-in for TensorRT's compiled module, beneath the Python plugin package of its bindings.
 
 That package registers plugins, reads the signatures of their functions and computes launches, in
-Python alone; what it takes from the compiled module is here: names, an algebra of sizes, a registry.
+Python alone; what it takes from the compiled module is here: names, an algebra of sizes, a
+registry.
 """
 
 import enum

@@ -18,10 +18,10 @@ import effopt.save
 from effopt import axis_table, effects
 from effopt.axes import find_axes, same_size, show
 from effopt.backends import TABLE as BACKENDS
-from effopt.backends.plugin import running
 from effopt.capture import capture
 from effopt.cli import COMMANDS
 from effopt.pipeline import Pipeline, Step, pass_class
+from effopt.plugin import running
 from effopt.program import Program, shape
 from effopt.recipe import steps_of
 from effopt.sites import TokenAxis, find_tokens

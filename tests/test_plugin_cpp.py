@@ -15,8 +15,8 @@ from torch import Tensor
 from effopt.backends import nvcc, plugin_cpp
 from effopt.backends.nvcc import Ptx
 from effopt.backends.onnx_plugins import plugins
-from effopt.backends.plugin import FLOATS, Plugin, Port, results, running
 from effopt.errors import UsageError
+from effopt.plugin import FLOATS, Plugin, Port, results, running
 from tests.plugin_host import (
     FLOAT32,
     GXX,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from effopt.backends import nvcc
 from effopt.backends.onnx_plugins import plugins
-from effopt.backends.plugin import FLOATS, Execute, Plugin, running
-from effopt.backends.sizes import names
 from effopt.kernel import Kernel, kernels
+from effopt.plugin import FLOATS, Execute, Plugin, running
+from effopt.sizes import names
 from tests.plugin_runs import alone, in_onnxruntime, in_reference, on_host
 
 KERNELS = {k.plugin.name: k for k in kernels().values() if k.plugin is not None}

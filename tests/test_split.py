@@ -20,6 +20,7 @@ import effopt
 from effopt.backend import Array, as_array
 from effopt.backends.exit_runner import ExitRunner
 from effopt.backends.onnx import WEIGHTS
+from effopt.backends.session import Session
 from effopt.backends.split import PAGE, share_weights
 from effopt.engine import INTEGERS, Engine
 from effopt.errors import PreconditionError, UnsafeFileError, UsageError
@@ -310,14 +311,14 @@ def test_a_damaged_record_is_refused(name: str, folder: Path) -> None:
     record = copy.deepcopy(manifest.facts["split"])
     damage(record)
     with pytest.raises(UnsafeFileError, match=words):
-        ExitRunner(folder, manifest.signature, record)
+        ExitRunner(folder, manifest.signature, record, Session)
 
 
 def test_a_record_for_other_thresholds_is_refused(folder: Path) -> None:
     manifest = read_folder(folder)
     less = replace(manifest.signature, inputs=manifest.signature.inputs[:-1])
     with pytest.raises(UnsafeFileError, match="one threshold for each exit"):
-        ExitRunner(folder, less, manifest.facts["split"])
+        ExitRunner(folder, less, manifest.facts["split"], Session)
 
 
 def test_a_hostile_segment_is_not_opened(folder: Path, tmp_path: Path) -> None:
@@ -330,7 +331,7 @@ def test_a_hostile_segment_is_not_opened(folder: Path, tmp_path: Path) -> None:
     next(entry for entry in tensor.external_data if entry.key == "offset").value = "99999999"
     (tmp_path / "segment3.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UnsafeFileError, match=r"segment3\.onnx: tensor .* its bytes end at"):
-        ExitRunner(tmp_path, manifest.signature, manifest.facts["split"])
+        ExitRunner(tmp_path, manifest.signature, manifest.facts["split"], Session)
 
 
 def test_a_changed_segment_is_refused(folder: Path, tmp_path: Path) -> None:

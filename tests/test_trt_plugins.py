@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effopt.backends import trt_plugins
-from effopt.backends.plugin import DOMAIN, Plugin, results, running
+from effopt.plugin import DOMAIN, Plugin, results, running
 from tests import tensorrt_stub
 from tests.plugin_runs import on_host
 from tests.test_plugins import KERNELS

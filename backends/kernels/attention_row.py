@@ -4,19 +4,14 @@ One row is the score of Liang et al., "Not All Patches are What You Need" (EViT)
 2202.07800); the mean over all rows that of Goyal et al., "PoWER-BERT", 2020 (arXiv 2001.08950).
 """
 
-from typing import Any
-
 import torch
-from onnxscript import opset20
 from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import AxisMap, Dims
-from effopt.backends.kernels.common import arg_dims
-from effopt.backends.plugin import Plugin, Port, Value, call
+from effopt.backends.kernels.common import Value, arg_dims, op
 from effopt.kernel import Kernel
-
-op: Any = opset20  # its stubs know eager tensors only
+from effopt.plugin import Plugin, Port, call
 
 
 @torch.library.custom_op("effopt::attention_row", mutates_args=())

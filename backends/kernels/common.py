@@ -1,10 +1,22 @@
 """What several kernels share: rows by index in standard operators, and axes of what is kept."""
 
+from typing import TYPE_CHECKING, Any
+
+import onnxscript
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import Axis, AxisMap, Dim, Dims, same_size, unify
+
+if TYPE_CHECKING:
+    Value = Any  # operators of onnxscript return what no type describes
+else:
+    Value = onnxscript.FLOAT
+"""Any tensor of a function body: bodies are true for every type that their operators take."""
+
+op: Any = onnxscript.opset20
+"""The operators of function bodies; its stubs know eager tensors only."""
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

@@ -1,19 +1,15 @@
 """gather_tokens: the tokens at given places, along any dimension."""
 
 import math
-from typing import Any
 
 import torch
-from onnxscript import opset20
 from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import AxisMap, Dims
-from effopt.backends.kernels.common import arg_dims, rows
-from effopt.backends.plugin import Plugin, Port, Value, call
+from effopt.backends.kernels.common import Value, arg_dims, op, rows
 from effopt.kernel import Kernel
-
-op: Any = opset20  # its stubs know eager tensors only
+from effopt.plugin import Plugin, Port, call
 
 
 @torch.library.custom_op("effopt::gather_tokens", mutates_args=())

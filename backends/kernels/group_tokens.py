@@ -5,15 +5,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from effopt.axes import AxisMap, Dims
-from effopt.backends.kernels.common import arg_dims
+from effopt.backends.kernels.common import Value, arg_dims, op
 from effopt.kernel import Kernel
+from effopt.plugin import Plugin, Port, call
 
 
 @torch.library.custom_op("effopt::group_tokens", mutates_args=())
 def group_tokens(x: Tensor, kept: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Return group [B, N] int64 in 0..K-1, for the tokens of x [B, N, C].
 
-    kept [B, K], source [B, r], target [B, r] count in 0..N-1; a source has its target's place.
+    kept [B, K], source [B, r], target [B, r] count in 0..N-1; a source has the place of its
+    target, which is kept.
     """
     return _group_tokens(x, kept, source, target)
 
@@ -47,4 +49,42 @@ def samples() -> list[tuple[object, ...]]:
     return [(torch.zeros(2, 5, 3), torch.tensor([[4, 1, 3], [0, 1, 3]]), *pairs)]
 
 
-KERNEL = Kernel(torch.ops.effopt.group_tokens.default, lowering, axes, samples, 0.0)
+# --- on a GPU ---------------------------------------------------------------------------------
+
+
+def body(x: Value, kept: Value, source: Value, target: Value) -> Value:
+    """Both scatters write each place once; x is there for its number of tokens."""
+    shape = op.Shape(x, start=0, end=2)
+    place = op.Expand(op.Range(0, op.Squeeze(op.Shape(x, start=1, end=2)), 1), shape)
+    spots = op.Range(0, op.Squeeze(op.Shape(kept, start=1, end=2)), 1)
+    spot = op.ScatterElements(place * 0, kept, op.Expand(spots, op.Shape(kept)), axis=1)
+    home = op.ScatterElements(place, source, target, axis=1)
+    return op.GatherElements(spot, home, axis=1)
+
+
+def adapt(x: Tensor, kept: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Launch beside floats: their type names the entry, their values are not read."""
+    if not x.is_floating_point():
+        return lowering(x, kept, source, target)
+    (group,) = call(PLUGIN, (x, kept, source, target))
+    return group
+
+
+PLUGIN = Plugin(
+    name="GroupTokens",
+    stem="group_tokens",
+    inputs=(
+        Port("x", "T", ("B", "N", "C")),
+        Port("kept", "int64", ("B", "K")),
+        Port("source", "int64", ("B", "R")),
+        Port("target", "int64", ("B", "R")),
+    ),
+    outputs=(Port("group", "int64", ("B", "N")),),
+    scalars=("N", "K", "R"),
+    grid=("B", "1", "1"),
+    body=body,
+    adapt=adapt,
+)
+"""With GatherTokens by its result, merging is undone in two launches."""
+
+KERNEL = Kernel(torch.ops.effopt.group_tokens.default, lowering, axes, samples, 0.0, PLUGIN)

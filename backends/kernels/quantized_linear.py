@@ -9,18 +9,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from onnxscript import opset20
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
 from effopt.axes import AxisMap, Dims, unify
 from effopt.axis_rules import align, argument
-from effopt.backends.plugin import Plugin, Port, Value, call
+from effopt.backends.kernels.common import Value, op
 from effopt.errors import UsageError
 from effopt.kernel import Kernel
-
-op: Any = opset20  # its stubs know eager tensors only
+from effopt.plugin import Plugin, Port, call
 
 E4M3 = torch.float8_e4m3fn
 """8-bit floats of 4 bits of exponent and 3 of mantissa: up to 448, without infinities."""
@@ -210,24 +208,32 @@ CHUNK = 32
 
 
 def packed(codes: Tensor) -> Tensor:
-    """Put neighbours a, b of 4-bit codes [N, K] int8 into one byte, 16 b + a + 8: [N, K / 2] int8.
+    """Put 8 neighbours c_0 ... of 4-bit codes [N, K] into one: [N, K / 8] int32.
 
-    Arithmetic takes them apart in a function, and one exclusive or gives eight codes from 0 up.
+    It is the sum of (c_i + 8) 16^i, less 2^31: arithmetic takes it apart in a function.
     """
-    return 16 * codes[:, 1::2] + (codes[:, ::2] + 8)
+    digits = codes.reshape(codes.shape[0], -1, 8).to(torch.int64) + 8
+    places = torch.tensor([16**i for i in range(8)], device=codes.device)
+    return ((digits * places).sum(dim=2) - 2**31).to(torch.int32)
 
 
 def body(x: Value, codes: Value, scale: Value, bias: Value) -> Value:
     """Take the codes apart, scale them, multiply and add in float32.
 
-    Bytes become floats by DequantizeLinear: TensorRT has no other use for such a constant.
+    Halves of 16 bits are whole numbers in float32, these are cut in two, and in two again. 8-bit
+    constants would be no way: TensorRT has no use for them but a DequantizeLinear, and refuses
+    the second of those in a function.
     """
-    both = op.DequantizeLinear(codes, op.Constant(value_float=1.0))
-    high = op.Floor(op.Div(both, 16.0))
-    low = op.Sub(op.Sub(both, op.Mul(high, 16.0)), 8.0)
-    pairs = op.Concat(op.Unsqueeze(low, [2]), op.Unsqueeze(high, [2]), axis=2)
-    blocks = op.Reshape(pairs, op.Concat(op.Shape(scale), [-1], axis=0))
-    scaled = op.Mul(blocks, op.Unsqueeze(scale, [2]))
+    low = op.Mod(codes, 65536)
+    high = op.Add(op.Div(op.Sub(codes, low), 65536), 32768)
+    halves = op.Concat(op.Unsqueeze(low, [2]), op.Unsqueeze(high, [2]), axis=2)
+    words = op.Unsqueeze(op.Cast(halves, to=1), [3])
+    upper = op.Floor(op.Div(words, 256.0))
+    octets = op.Unsqueeze(op.Concat(op.Sub(words, op.Mul(upper, 256.0)), upper, axis=3), [4])
+    above = op.Floor(op.Div(octets, 16.0))
+    digits = op.Concat(op.Sub(octets, op.Mul(above, 16.0)), above, axis=4)
+    blocks = op.Reshape(digits, op.Concat(op.Shape(scale), [-1], axis=0))
+    scaled = op.Mul(op.Sub(blocks, 8.0), op.Unsqueeze(scale, [2]))
     weight = op.Reshape(scaled, op.Concat(op.Shape(codes, start=0, end=1), [-1], axis=0))
     product = op.MatMul(op.Cast(x, to=1), op.Transpose(weight, perm=[1, 0]))
     return op.CastLike(op.Add(product, op.Cast(bias, to=1)), x)
@@ -261,7 +267,7 @@ PLUGIN = Plugin(
     stem="quantized_linear",
     inputs=(
         Port("x", "T", ("M", "K")),
-        Port("codes", "int8", ("N", "P")),
+        Port("codes", "int32", ("N", "W")),
         Port("scale", "float32", ("N", "G")),
         Port("bias", "T", ("N",)),
     ),

@@ -152,7 +152,7 @@ def _notes(engine: "Engine") -> tuple[str, ...]:
     if made_for.arch == "cpu" or _on_device(engine):
         return ()
     where = f"its target {made_for.name} ({made_for.arch})" if made_for.gpu else "an engine"
-    note = f"these are times of the portable file on this CPU, not of {where}"
+    note = f"these are times of the ONNX file in onnxruntime, not of {where}"
     return (note, engine.note) if engine.note else (note,)
 
 

@@ -1,4 +1,4 @@
-"""`effopt passes`, `recipes`, `targets` and `kernels`: what there is to choose from."""
+"""`effopt passes`, `recipes` and `targets`: what there is to choose from."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -80,32 +80,6 @@ def targets(arguments: argparse.Namespace, progress: Progress) -> Answer:
     ]
     head = ("name", "arch", "TensorRT", "types", "quantization", "GB/s")
     return Answer({"targets": records}, _text("Targets", head, rows))
-
-
-def kernels(arguments: argparse.Namespace, progress: Progress) -> Answer:
-    """List our operators, and what stands for each on a GPU."""
-    from effopt.backends.plugin import FLOATS
-    from effopt.kernel import kernels
-
-    records = [_kernel(op, found.plugin) for op, found in kernels().items()]
-    rows = [(r["name"], r["plugin"] or "-", r["summary"]) for r in records]
-    title = f"Kernels (plugins in {', '.join(FLOATS)})"
-    return Answer({"kernels": records}, _text(title, ("operator", "plugin", "what it does"), rows))
-
-
-def _kernel(op: Any, plugin: Any) -> dict[str, Any]:
-    import sys
-
-    name = op._schema.name.split("::")[1]
-    module = sys.modules[f"effopt.backends.kernels.{name}"]
-    summary = str(module.__doc__).split(": ", 1)[1].split("\n")[0].rstrip(".")
-    return {
-        "name": name,
-        "schema": str(op._schema),
-        "summary": summary,
-        "plugin": plugin.name if plugin else None,
-        "source": f"{plugin.stem}.cu" if plugin else None,
-    }
 
 
 def _text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

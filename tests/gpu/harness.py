@@ -16,7 +16,7 @@ from torch import Tensor
 from effopt.backend import Array
 from effopt.backends.cuda_driver import Buffer, Device, Stream
 from effopt.backends.cuda_launch import Module, Three, launch
-from effopt.backends.plugin import Plugin, results
+from effopt.plugin import Plugin, results
 from tests.plugin_runs import float_type, poisoned
 
 GUARD = 256
@@ -148,7 +148,7 @@ def poison(out: Out) -> Tensor:
 
 
 class OnDevice:
-    """Runs plugins on a GPU: an `Execute` for `effopt.backends.plugin.running`."""
+    """Runs plugins on a GPU: an `Execute` for `effopt.plugin.running`."""
 
     def __init__(self, gpu: Device, stream: Stream, ptx: Ptx) -> None:
         self._gpu, self._stream, self._ptx = gpu, stream, ptx

@@ -12,8 +12,8 @@ from torch import Tensor
 from effopt.backends import cuda_driver
 from effopt.backends.cuda_driver import Device, Stream
 from effopt.backends.onnx_plugins import plugins
-from effopt.backends.plugin import FLOATS, Plugin, results, running
 from effopt.errors import MissingError
+from effopt.plugin import FLOATS, Plugin, results, running
 from tests.fake_cuda import PTX, Fake, compile_fake, copied, needs_gcc
 from tests.gpu import ptx
 from tests.gpu.harness import GUARD, Case, Loaded, OnDevice, Out, case, poison

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from effopt.backends.cuda_driver import Device, Stream
-from effopt.backends.plugin import running
+from effopt.plugin import running
 from tests.gpu.harness import Case, Loaded, OnDevice, case
 from tests.gpu.ptx import lacking, ptx_of
 from tests.gpu.sizes import BATCHES, TIMED

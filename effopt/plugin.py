@@ -8,25 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import onnxscript
 import torch
 from torch import Tensor
 
-from effopt.backends.sizes import NUMBERS, Algebra, evaluate
+from effopt.errors import UsageError
+from effopt.sizes import NUMBERS, Algebra, evaluate
 
 DOMAIN = "effopt"
 FLOATS = ("float32", "float16", "bfloat16")
 """The types that the float type `T` of a plugin may be: each has its entry in the PTX."""
 
 FLOAT_TYPE = "T"
-
-if TYPE_CHECKING:
-    Value = Any  # operators of onnxscript return what no type describes
-else:
-    Value = onnxscript.FLOAT
-"""Any tensor of a function body: bodies are true for every type that their operators take."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Plugin:
     `stem` names the CUDA source beside the kernel; its entries are `<stem>_<float type>`, and take
     the inputs, then `scalars` as int32, then the outputs. `attributes` are those of the node, by
     name, with their type, int or float. `grid` and `shared` (bytes) are expressions of sizes and
-    attributes, see `effopt.backends.sizes`; `block` is the number of threads. `body` is the same
+    attributes, see `effopt.sizes`; `block` is the number of threads. `body` is the same
     function in ONNX operators of opset 20, as an onnxscript function of the inputs and attributes,
     true for every size.
     `adapt` takes the arguments of the operator and returns its results, by `call` of this plugin
@@ -107,7 +101,7 @@ Execute = Callable[[Plugin, Sequence[Tensor], Mapping[str, float]], Sequence[Ten
 
 
 def call(plugin: Plugin, inputs: Sequence[Tensor], **attributes: float) -> tuple[Tensor, ...]:
-    """Run a plugin as `running` says; by default put its node into a trace for ONNX.
+    """Run a plugin as the `running` around says.
 
     Inputs of fixed type are cast to it; `T` inputs have one type among them, which is that of `T`.
     """
@@ -144,20 +138,10 @@ def results(
     ]
 
 
-def _node(
+def _nothing(
     plugin: Plugin, inputs: Sequence[Tensor], attributes: Mapping[str, float]
 ) -> Sequence[Tensor]:
-    """Make a node of the ONNX graph that is traced; the values are zeros."""
-    kinds, shapes = zip(*results(plugin, inputs, attributes), strict=True)
-    found: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{plugin.name}",
-        inputs,
-        dict(attributes),
-        dtypes=kinds,
-        shapes=shapes,
-        version=1,
-    )
-    return found
+    raise UsageError(f"nothing runs {plugin.name} here", "call it within `effopt.plugin.running`")
 
 
-_execute: ContextVar[Execute] = ContextVar("effopt.plugin", default=_node)
+_execute: ContextVar[Execute] = ContextVar("effopt.plugin", default=_nothing)

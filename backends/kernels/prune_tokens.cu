@@ -1,0 +1,92 @@
+// The tokens with the highest scores, in their old order. Every block of a sample ranks them by
+// counting who is ahead, and takes its slice of their rows.
+#include "effopt.cuh"
+
+using place_t = unsigned short;
+
+constexpr int THREADS = 256;  // as in the plugin
+constexpr int EACH = 4;       // loads that a thread has under way
+constexpr float HIGH = 3e38f;
+
+template <class T, int V> struct alignas(V * sizeof(T)) Pack { T at[V]; };
+
+template <class T, int V>
+DEVICE void take_rows(
+    const T* x, const place_t* kept, int C, int keep, int slice, int slices, T* y) {
+  int packs = C / V, total = keep * packs, step = slices * THREADS;
+  FOR_THREADS(lane, THREADS) {
+    for (int start = slice * THREADS + lane; start < total; start += EACH * step) {
+      Pack<T, V> held[EACH];
+      for (int e = 0; e < EACH; e++) {
+        int at = start + e * step < total ? start + e * step : total - 1;
+        const T* from = x + (long long)kept[at / packs] * C + at % packs * V;
+        held[e] = *reinterpret_cast<const Pack<T, V>*>(from);
+      }
+      for (int e = 0; e < EACH; e++)
+        if (start + e * step < total)
+          *reinterpret_cast<Pack<T, V>*>(y + (long long)(start + e * step) * V) = held[e];
+    }
+  }
+}
+
+// Scores as they rank: protected tokens high, and what is no number above all.
+DEVICE void read_scores(const float* score, int N, int prefix, int suffix, float* held) {
+  FOR_THREADS(place, N) {
+    float own = score[place];
+    if (own != own) own = from_bits(0x7f800000);
+    held[place] = place < prefix || place >= N - suffix ? HIGH : own;
+  }
+}
+
+DEVICE void rank_scores(const float* held, int N, int keep, unsigned char* stays) {
+  FOR_THREADS(place, N) {
+    float own = held[place];
+    int rank = 0;
+    for (int other = 0; other < place; other++) rank += held[other] >= own;
+    for (int other = place + 1; other < N; other++) rank += held[other] > own;
+    stays[place] = rank < keep;
+  }
+}
+
+DEVICE void list_kept(const unsigned char* stays, int N, place_t* kept) {
+  FOR_THREADS(place, N) {
+    int before = 0;
+    for (int other = 0; other < place; other++) before += stays[other];
+    if (stays[place]) kept[before] = place_t(place);
+  }
+}
+
+template <class T>
+DEVICE void prune_tokens(
+    const T* x, const float* score, const float* along, int N, int C, int keep, int prefix,
+    int suffix, int slices, T* y, float* along_out, long long* kept_out) {
+  constexpr int V = 16 / sizeof(T);
+  const long long sample = BLOCK_X;
+  const int slice = BLOCK_Y;
+  x += sample * N * C, y += sample * keep * C, along += sample * N;
+  along_out += sample * keep, kept_out += sample * keep;
+
+  SHARED(float, held);
+  place_t* kept = reinterpret_cast<place_t*>(held + N);
+  unsigned char* stays = reinterpret_cast<unsigned char*>(kept + keep);
+  read_scores(score + sample * N, N, prefix, suffix, held);
+  BARRIER;
+  rank_scores(held, N, keep, stays);
+  BARRIER;
+  list_kept(stays, N, kept);
+  BARRIER;
+  if (slice == 0) {
+    FOR_THREADS(row, keep) kept_out[row] = kept[row], along_out[row] = along[kept[row]];
+  }
+  unsigned long long bits = (unsigned long long)x | (unsigned long long)y;
+  if (C % V == 0 && bits % 16 == 0)
+    take_rows<T, V>(x, kept, C, keep, slice, slices, y);
+  else
+    take_rows<T, 1>(x, kept, C, keep, slice, slices, y);
+}
+
+#define PARAMETERS(T)                                                                          \
+  (const T* x, const float* score, const float* along, int N, int C, int keep, int prefix,     \
+   int suffix, int slices, T* y, float* along_out, long long* kept)
+ENTRIES(prune_tokens, PARAMETERS, x, score, along, N, C, keep, prefix, suffix, slices, y,
+        along_out, kept)

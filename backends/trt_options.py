@@ -1,0 +1,115 @@
+"""What a build of TensorRT may be asked for, and what of the library's API each wish needs.
+
+One row an option, so that 10.x, 11.x and TensorRT-RTX differ in data. An option that the library
+at hand lacks is refused with the reason. Run with TensorRT-RTX 1.7 and no GPU: `weight_streaming`,
+`workspace`, `level`; `refit` wants a GPU there. Only read, from the 10.16 and 11.4 bindings:
+`version_compatible`, `hardware_compatible`, `timing_cache`.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+Value = bool | int | str
+Options = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One wish: `apply(trt, config, value)` sets it, if `trt` has all names that it `needs`.
+
+    `not_rtx` says why TensorRT-RTX gets no such wish, though its API has the names.
+    """
+
+    needs: tuple[str, ...]
+    apply: Callable[[Any, Any, Any], None]
+    not_rtx: str = ""
+
+
+def refusal(trt: Any, name: str) -> str:
+    """Return why the library does not take an option, or ""."""
+    option, title = OPTIONS[name], f"{trt.__name__} {trt.__version__}"
+    if option.not_rtx and "rtx" in trt.__name__:
+        return f"{title} takes no option {name!r}: {option.not_rtx}"
+    lacking = [need for need in option.needs if not has(trt, need)]
+    return f"{title} takes no option {name!r}: it has no {lacking[0]}" if lacking else ""
+
+
+def has(trt: Any, path: str) -> bool:
+    """Tell whether a module has a dotted name, such as "BuilderFlag.REFIT"."""
+    absent = object()
+    found = reduce(lambda value, part: getattr(value, part, absent), path.split("."), trt)
+    return found is not absent
+
+
+def _flags(*names: str) -> Option:
+    def apply(trt: Any, config: Any, value: Any) -> None:
+        for name in names:
+            config.set_flag(getattr(trt.BuilderFlag, name))
+
+    return Option(tuple(f"BuilderFlag.{name}" for name in names), apply)
+
+
+def _ampere(trt: Any, config: Any, value: Any) -> None:
+    config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def _workspace(trt: Any, config: Any, value: Any) -> None:
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, value << 20)
+
+
+def _level(trt: Any, config: Any, value: Any) -> None:
+    config.builder_optimization_level = value
+
+
+def _timing_cache(trt: Any, config: Any, value: Any) -> None:
+    path = Path(value)
+    data = path.read_bytes() if path.exists() else b""
+    config.set_timing_cache(config.create_timing_cache(data), False)
+
+
+def keep_timing_cache(config: Any, path: Path) -> None:
+    """Write the timings that a build has added, whole or not at all."""
+    data = bytes(config.get_timing_cache().serialize())
+    descriptor, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+    os.replace(fresh, path)
+
+
+_VERSIONS = _flags("VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME")
+OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        # A plan that carries its own runtime runs code of its own when it is loaded, which effopt
+        # lets no file do: a later TensorRT needs the lean runtime of the version that built it.
+        "version_compatible": Option(
+            *(_VERSIONS.needs, _VERSIONS.apply),
+            "its plans load in the release that built them alone",
+        ),
+        "hardware_compatible": Option(
+            ("HardwareCompatibilityLevel.AMPERE_PLUS",),
+            _ampere,
+            "its plans are for the architectures that they name",
+        ),
+        "weight_streaming": _flags("WEIGHT_STREAMING"),
+        "refit": Option(
+            ("BuilderFlag.REFIT", "Refitter", "OnnxParserRefitter"), _flags("REFIT").apply
+        ),
+        "workspace": Option(
+            ("IBuilderConfig.set_memory_pool_limit", "MemoryPoolType.WORKSPACE"), _workspace
+        ),
+        "level": Option(("IBuilderConfig.builder_optimization_level",), _level),
+        "timing_cache": Option(
+            ("IBuilderConfig.create_timing_cache", "IBuilderConfig.set_timing_cache"),
+            _timing_cache,
+            "it times nothing while it builds",
+        ),
+    }
+)
+"""By name: `workspace` is in MiB, `level` from 0 (quick) to 5, `timing_cache` a path; the others
+are yes or no. `refit` may change the numbers of a TensorRT 11.3 engine (its release notes)."""
