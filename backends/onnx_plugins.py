@@ -16,6 +16,7 @@ from onnx import FunctionProto
 from onnx.helper import make_opsetid
 from torch import Tensor
 
+from effopt.errors import UnsafeFileError
 from effopt.kernel import kernels
 from effopt.plugin import DOMAIN, Plugin, results
 
@@ -61,10 +62,13 @@ def count(model: ir.Model) -> dict[str, int]:
 
 
 def plugin_nodes(paths: Iterable[Path]) -> dict[str, int]:
-    """Count the nodes of each plugin in ONNX files."""
+    """Count the nodes of each plugin in ONNX files; UnsafeFileError for one that is not ours."""
     found = Counter[str]()
     for path in paths:
         found.update(count(ir.load(path)))
+    if strange := sorted(set(found) - set(plugins())):
+        reason = f"{DOMAIN}::{strange[0][:100]!a} is no kernel of this version"
+        raise UnsafeFileError(reason, "convert the model again")
     return dict(sorted(found.items()))
 
 

@@ -69,17 +69,23 @@ class Trt:
         for file in models(made):
             parse(folder / file)
         from effopt.backends.narrow import narrowest
+        from effopt.backends.trt_kernels import write_kernels
         from effopt.exits import with_thresholds
 
         kind = narrowest(program)
         facts = {**made.facts, "sizes": known_sizes(program), **({NARROW: kind} if kind else {})}
+        ptx, lacking = write_kernels(folder, made.facts["plugins"], target.arch)
+        files = (*made.files, *ptx)
         if missing(self.name) or device().arch != target.arch:
-            pending = f"engine: to be built on {target.arch} with effopt build"
-            return replace(made, facts=facts, pending=pending, unchecked=_no_stand_in(facts))
+            engine_too = f"engine: to be built on {target.arch} with effopt build"
+            pending = "; ".join(filter(None, (engine_too, lacking)))
+            unchecked = _no_stand_in(facts)
+            return replace(made, files=files, facts=facts, pending=pending, unchecked=unchecked)
         signature = with_thresholds(program).with_ports(made.ports)
         engine = build(self.name, Model(folder, signature, facts), Wish(), lambda stage: None)
-        files = (*made.files, *engine.plans.values())
-        return replace(made, files=files, facts={**facts, ENGINE: engine.to_json()}, pending="")
+        files = (*files, *engine.plans.values())
+        known = {**facts, ENGINE: engine.to_json()}
+        return replace(made, files=files, facts=known, pending=lacking)
 
     def load(self, folder: Path, signature: Signature, facts: Mapping[str, Any]) -> Runner:
         """Open the plans; where they are not there or cannot run here, a StandIn that says why.
@@ -115,9 +121,17 @@ class Trt:
         """Build the plans of a folder in place of those that it has; see `effopt.finish`."""
         for plan in folder.glob("*.plan"):
             plan.unlink()
-        engine = build(self.name, Model(folder, manifest.signature, manifest.facts), wish, tell)
+        model = Model(folder, manifest.signature, manifest.facts)
+        if manifest.facts.get("plugins"):
+            from effopt.backends.onnx_plugins import plugin_nodes
+            from effopt.backends.trt_kernels import write_kernels
+
+            nodes = plugin_nodes([folder / file for file, _ in model.parts])
+            write_kernels(folder, nodes, target(manifest.target).arch)
+        engine = build(self.name, model, wish, tell)
         where = f"{LIBRARIES[self.name].title} {engine.version} on {engine.device} ({engine.arch})"
         line = f"engine: {where}, {engine.layers} layers, built in {engine.seconds:.0f} s"
+        line = f"{line}; {engine.note}" if engine.note else line
         return {ENGINE: engine.to_json()}, line
 
     def compile_check(
@@ -126,6 +140,16 @@ class Trt:
         """Build as far as this machine can, and keep nothing; see `trt_plans.compile_check`."""
         model = Model(folder, manifest.signature, manifest.facts)
         return compile_check(self.name, target(manifest.target).arch, model, wish, tell)
+
+    def write_plugins(self, folder: Path, target: Target) -> list[str]:
+        """Write all plugins as C++ sources into an empty folder; return the names of the files.
+
+        MissingError where nvcc is not installed.
+        """
+        from effopt.backends.onnx_plugins import plugins
+        from effopt.backends.plugin_cpp import write_source
+
+        return write_source(folder, plugins(), target.arch)
 
     def _why_not(self, model: Model) -> str:
         """Return why the plans of a folder do not run here, or ""."""

@@ -38,7 +38,8 @@ class Request:
 
     `archs` names architectures where the library aims ("sm_80"), else it is empty. `profiles` maps
     each input with dynamic sizes, by its name in the file. `old` is a plan to be refitted with the
-    weights of the ONNX file, in the place of a build.
+    weights of the ONNX file, in the place of a build. `plugins` counts the nodes of the file by
+    their plugins, and `ptx` maps the stem of each plugin's source to its PTX.
     """
 
     module: str
@@ -48,6 +49,8 @@ class Request:
     profiles: Mapping[str, Sizes] = field(default_factory=dict)
     options: Options = field(default_factory=dict)
     old: Path | None = None
+    plugins: Mapping[str, int] = field(default_factory=dict)
+    ptx: Mapping[str, Path] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain record that the process reads."""
@@ -60,6 +63,8 @@ class Request:
             "archs": list(self.archs),
             "profiles": dict(self.profiles),
             "options": dict(self.options),
+            "plugins": dict(self.plugins),
+            "ptx": {stem: str(path) for stem, path in self.ptx.items()},
         }
 
 
@@ -68,7 +73,8 @@ class Outcome:
     """What came of a request: figures, or a `reason` with the `node` that it is about.
 
     `layers` and `plugins` count layers after parsing, `seconds` are by stage ("parse", "build",
-    "refit"), `bytes` is the size of the plan. `kind` says what a refusal is about: "model",
+    "refit"), `bytes` is the size of the plan, `note` says why functions stand for plugins, or "".
+    `kind` says what a refusal is about: "model",
     "option", "arch", "library", "plan" or "process".
     """
 
@@ -78,6 +84,7 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     bytes: int = 0
     warnings: tuple[str, ...] = ()
+    note: str = ""
     reason: str = ""
     node: str = ""
     remedy: str = ""
@@ -177,4 +184,5 @@ def _outcome(record: dict[str, Any]) -> Outcome:
         {str(name): float(value) for name, value in record["seconds"].items()},
         int(record["bytes"]),
         warnings,
+        str(record["note"]),
     )

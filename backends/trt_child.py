@@ -86,14 +86,21 @@ def _build(trt: Any, logger: Any, request: Record, said: Messages) -> Record:
         if reason := refusal(trt, name):
             raise Refused(reason, "leave the option out", kind="option")
     start = time.perf_counter()
+    note = _register(trt, request)
     builder = trt.Builder(logger)
     network = builder.create_network(_typed(trt))
     _parse(trt, logger, network, request["onnx"])
     layers = [network.get_layer(place) for place in range(network.num_layers)]
+    plugins = sum(layer.type.name.startswith("PLUGIN") for layer in layers)
+    if request["plugins"] and not note and plugins != (wanted := sum(request["plugins"].values())):
+        # A function would stand in for them without a word, slower than what was asked for.
+        reason = f"the parser made plugins of {plugins} of {wanted} nodes that are plugins"
+        raise Refused(reason, "convert the model for a target with plugins=off")
     done = {
         "version": trt.__version__,
         "layers": len(layers),
-        "plugins": sum(layer.type.name.startswith("PLUGIN") for layer in layers),
+        "plugins": plugins,
+        "note": note,
         "seconds": {"parse": time.perf_counter() - start},
         "bytes": 0,
     }
@@ -112,6 +119,22 @@ def _build(trt: Any, logger: Any, request: Record, said: Messages) -> Record:
     return {**done, "bytes": Path(request["plan"]).stat().st_size}
 
 
+def _register(trt: Any, request: Record) -> str:
+    """Register the plugins of the file ahead of the parser; return why that cannot be, or ""."""
+    if not request["plugins"]:
+        return ""
+    from effopt.backends import trt_plugins
+
+    taken = trt_plugins.supports(trt)
+    if not taken.ok:
+        return taken.reason
+    if lacking := sorted(trt_plugins.stems(request["plugins"]) - set(request["ptx"])):
+        return f"the folder has no PTX of {', '.join(lacking)}"
+    texts = {stem: Path(path).read_text() for stem, path in request["ptx"].items()}
+    trt_plugins.register(trt, request["plugins"], texts.__getitem__)
+    return ""
+
+
 def _typed(trt: Any) -> int:
     """Return the flags of a strongly typed network; 11.x may have dropped the flag."""
     flag = "NetworkDefinitionCreationFlag.STRONGLY_TYPED"
@@ -120,7 +143,6 @@ def _typed(trt: Any) -> int:
 
 def _parse(trt: Any, logger: Any, network: Any, path: str) -> None:
     """Fill the network from a file; external weights lie beside it."""
-    # Plugins are to be registered before this line: the parser looks their names up.
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(path) or parser.num_errors:
         raise _parser_refusal(parser, "parse")
@@ -207,7 +229,7 @@ def _refit(trt: Any, logger: Any, request: Record, said: Messages) -> Record:
     plan = bytes(engine.serialize())
     Path(request["plan"]).write_bytes(plan)
     seconds = {"refit": time.perf_counter() - start}
-    known = {"version": trt.__version__, "layers": engine.num_layers, "plugins": 0}
+    known = {"version": trt.__version__, "layers": engine.num_layers, "plugins": 0, "note": ""}
     return {**known, "seconds": seconds, "bytes": len(plan)}
 
 

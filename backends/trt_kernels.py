@@ -16,6 +16,11 @@ def ptx_file(stem: str, arch: str) -> str:
     return f"{stem}.{arch}.ptx"
 
 
+def ptx_files(folder: Path) -> dict[str, Path]:
+    """Return the PTX that a folder has, by the stems of the sources."""
+    return {path.name.partition(".")[0]: path for path in sorted(folder.glob("*.ptx"))}
+
+
 def write_kernels(folder: Path, names: Iterable[str], arch: str) -> tuple[list[str], str]:
     """Write the PTX of plugins, by the names of their nodes; return the files and what is pending.
 

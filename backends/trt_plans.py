@@ -1,7 +1,7 @@
 """The plans of a folder: one for each ONNX file, asked for with one wish."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,30 @@ def compile_check(
     other = "" if aim == arch else f", the nearest that it knows to {arch}"
     title = f"{LIBRARIES[used].title} {figures['version']}"
     line = f"{title} builds it for {aim}{other}: {figures['layers']} layers"
+    if note := _notes(found.values()):
+        line = f"{line}; {note}"
     return figures, f"{line}; a compile check, whose plans were thrown away"
 
 
 def nearest(arch: str) -> str:
     """Return the largest architecture that TensorRT-RTX knows and that is not above another."""
     return f"sm_{max((aim for aim in AIMS if aim <= number(arch)), default=AIMS[0])}"
+
+
+def _plugins(model: Model, path: Path) -> tuple[dict[str, int], dict[str, Path]]:
+    """Return the plugin nodes of a file, and the PTX of their kernels."""
+    if not model.facts.get("plugins"):
+        return {}, {}
+    from effopt.backends.onnx_plugins import plugin_nodes  # they need torch, running a plan none
+    from effopt.backends.trt_kernels import ptx_files
+
+    return plugin_nodes([path]), ptx_files(model.folder)
+
+
+def _notes(outcomes: Iterable[Outcome]) -> str:
+    """Return why functions stand for plugins in some plan, or ""."""
+    found = sorted({outcome.note for outcome in outcomes if outcome.note})
+    return "; ".join(f"functions stand for its plugins: {note}" for note in found)
 
 
 def _built(
@@ -119,7 +137,9 @@ def _built(
 
     def request(file: str) -> Request:
         plan = (into / file).with_suffix(".plan")
-        return Request(module, model.folder / file, plan, archs, shapes[file], wish.options)
+        path = model.folder / file
+        more = (shapes[file], wish.options, None, *_plugins(model, path))
+        return Request(module, path, plan, archs, *more)
 
     return _each(model, "build", request, tell)
 
@@ -188,4 +208,4 @@ def _engine(
     del sums["bytes"]
     plans = {file: Path(file).with_suffix(".plan").name for file in found}
     return Engine(kind, arch=here.arch, device=here.name, plans=plans, sizes=sizes,
-                  options=options, **sums)  # fmt: skip
+                  options=options, note=_notes(found.values()), **sums)  # fmt: skip

@@ -32,6 +32,11 @@ def supports(trt: Any) -> Support:
     return YES
 
 
+def stems(names: Iterable[str]) -> set[str]:
+    """Return the stems of the sources of plugins."""
+    return {plugins()[name].stem for name in names}
+
+
 def register(trt: Any, names: Iterable[str], source: Source) -> None:
     """Register plugins by the names of their nodes in TensorRT's registry.
 

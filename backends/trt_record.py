@@ -22,7 +22,7 @@ class Engine:
 
     `plans` maps each ONNX file to its plan; `sizes` are least, best and largest of each size that
     was left open; `options` are what was asked of the build. `layers` and `plugins` count over all
-    plans, `seconds` is what the build took.
+    plans, `seconds` is what the build took; `note` says why functions stand for plugins, or "".
     """
 
     library: str
@@ -35,6 +35,7 @@ class Engine:
     layers: int
     plugins: int
     seconds: float
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain record."""
@@ -70,6 +71,7 @@ def read_engine(record: object, folder: Path, files: list[str]) -> Engine:
             int(record["layers"]),
             int(record["plugins"]),
             float(record["seconds"]),
+            str(record.get("note", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(f"{error!s:.100}") from error

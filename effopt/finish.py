@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from effopt import folder as folders
 from effopt.backend import Backend, backend
@@ -50,6 +50,10 @@ class Finisher(Backend, Protocol):
         self, folder: Path, manifest: Manifest, wish: Wish, tell: Tell
     ) -> tuple[dict[str, Any], str]:
         """Build into a folder, and return what to change in its facts, and a line about it."""
+        ...
+
+    def write_plugins(self, folder: Path, target: Target) -> list[str]:
+        """Write the sources of all plugins for a target, to compile apart; return their names."""
         ...
 
     def compile_check(
@@ -124,8 +128,12 @@ def _opened(path: Path, name: str) -> tuple[Finisher, Target, Manifest]:
     if not made_for.gpu:
         reason = f"{path} was made for {manifest.target!r}: there is nothing left to build"
         raise UsageError(reason, "convert the model with --target a100, or another GPU")
-    vendor: Any = backend(name or made_for.backend)
-    return vendor, made_for, manifest
+    return finisher(name or made_for.backend), made_for, manifest
+
+
+def finisher(name: str) -> Finisher:
+    """Return the backend of a GPU target, by the name of the backend."""
+    return cast(Finisher, backend(name))
 
 
 def _checked(engine: Engine) -> list[Figure]:

@@ -278,13 +278,13 @@ def test_the_versions_agree() -> None:
 
 
 def _shipped() -> set[str]:
-    """Return the files that a wheel must hold: every module, kernel source, and py.typed."""
+    """Return the files that a wheel must hold: modules, sources of kernels and plugins, py.typed."""
     found = {"effopt/py.typed"}
     for path in sources(*SHIPPED):
         inside = path.relative_to(ROOT).as_posix()
         found.add(inside if inside.startswith("effopt/") else f"effopt/{inside}")
-    kernels = (ROOT / "backends" / "kernels").glob("*.cu*")
-    return found | {f"effopt/backends/kernels/{path.name}" for path in kernels}
+    others = [*ROOT.glob("backends/kernels/*.cu*"), *ROOT.glob("backends/plugin_source/*")]
+    return found | {f"effopt/{path.relative_to(ROOT)}" for path in others}
 
 
 @pytest.mark.slow

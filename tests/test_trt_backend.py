@@ -130,7 +130,7 @@ def test_an_engine_is_built_checked_and_put_in_place(machine: Machine, folder: P
     assert record == {
         "library": "trt", "version": VERSION, "arch": "sm_80", "device": "NVIDIA A100",
         "plans": {"model.onnx": "model.plan"}, "sizes": {"batch": [1, 2, 4]},
-        "options": {"refit": True}, "layers": 2, "plugins": 2,
+        "options": {"refit": True}, "layers": 2, "plugins": 2, "note": "",
     }  # fmt: skip
     report = json.loads((folder / "report.json").read_text())
     assert report["pending"] == ""

@@ -10,7 +10,10 @@ import pytest
 from effopt.backends.trt_build import Outcome, Request, ask
 from effopt.errors import MissingError, PreconditionError, UsageError
 
-DONE = '{"version": "10.16.1", "layers": 3, "plugins": 1, "bytes": 4, "seconds": {"build": 1.5}, '
+DONE = (
+    '{"version": "10.16.1", "layers": 3, "plugins": 1, "bytes": 4, "seconds": {"build": 1.5}, '
+    '"note": "", '
+)
 
 
 def outcome(folder: Path, lines: str, patience: float = 60.0) -> Outcome:
@@ -26,7 +29,7 @@ def outcome(folder: Path, lines: str, patience: float = 60.0) -> Outcome:
 def test_figures_come_back(tmp_path: Path) -> None:
     found = outcome(tmp_path, f"open(answer, 'w').write('''{DONE}\"warnings\": [\"slow\"]}}''')")
     assert found.support.ok
-    assert found == Outcome("10.16.1", 3, 1, {"build": 1.5}, 4, ("slow",))
+    assert found == Outcome("10.16.1", 3, 1, {"build": 1.5}, 4, ("slow",), "")
     assert found.require("model.onnx") is found
 
 

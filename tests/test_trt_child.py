@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from effopt.backends import trt_plugins
 from effopt.backends.trt_build import Request
 from effopt.backends.trt_child import serve
 from tests.trt_fake import Fake
@@ -33,8 +34,54 @@ def test_a_network_is_strongly_typed_and_float32_stays_float32(trt: Fake, tmp_pa
     assert found.pop("seconds").keys() == {"parse", "build"}
     version = trt.__version__
     assert found == {
-        "version": version, "layers": 2, "plugins": 2, "bytes": 4, "warnings": ["a warning"]
+        "version": version, "layers": 2, "plugins": 2, "bytes": 4, "note": "",
+        "warnings": ["a warning"],
     }  # fmt: skip
+
+
+@pytest.fixture
+def registered(trt: Fake, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Let the library take plugins: what is registered, and the code of each."""
+    found: dict[str, str] = {}
+
+    def register(trt: Fake, names: Any, source: Any) -> None:
+        found.update({name: source(next(iter(trt_plugins.stems([name])))) for name in names})
+
+    trt.QuickPluginCreationRequest = object
+    monkeypatch.setattr(trt_plugins, "register", register)
+    return found
+
+
+def test_plugins_are_registered_with_the_code_of_the_folder(
+    registered: dict[str, str], tmp_path: Path
+) -> None:
+    code = tmp_path / "gather_tokens.sm_80.ptx"
+    code.write_text("ptx")
+    wish = {"plugins": {"GatherTokens": 2}, "ptx": {"gather_tokens": code}}
+    found = ask(tmp_path, **wish)
+    assert (found["plugins"], found["note"]) == (2, "")
+    assert registered == {"GatherTokens": "ptx"}
+
+
+def test_a_plugin_whose_function_stands_in_is_an_error(
+    registered: dict[str, str], tmp_path: Path
+) -> None:
+    code = tmp_path / "gather_tokens.sm_80.ptx"
+    code.write_text("ptx")
+    wish = {"plugins": {"GatherTokens": 3}, "ptx": {"gather_tokens": code}}
+    refused = ask(tmp_path, **wish)["refused"]
+    assert refused["reason"] == "the parser made plugins of 2 of 3 nodes that are plugins"
+    assert "plugins=off" in refused["remedy"]
+
+
+def test_without_code_or_plugins_functions_stand_in_and_that_is_told(
+    trt: Fake, tmp_path: Path
+) -> None:
+    found = ask(tmp_path, plugins={"GatherTokens": 3})
+    assert found["note"] == f"tensorrt {trt.__version__} has no ahead-of-time plugins"
+    trt.QuickPluginCreationRequest = object
+    found = ask(tmp_path, plugins={"GatherTokens": 3})
+    assert found["note"] == "the folder has no PTX of gather_tokens"
 
 
 def test_parsing_alone_writes_nothing(trt: Fake, tmp_path: Path) -> None:

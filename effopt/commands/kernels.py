@@ -57,8 +57,7 @@ def _record(op: Any, plugin: Any) -> dict[str, Any]:
 
 
 def _written(folder: Path, name: str, progress: Progress) -> Answer:
-    from effopt.backends.onnx_plugins import plugins
-    from effopt.backends.plugin_cpp import write_source
+    from effopt.finish import finisher
     from effopt.target import target
 
     made_for = target(name)
@@ -68,6 +67,6 @@ def _written(folder: Path, name: str, progress: Progress) -> Answer:
         raise UsageError(f"{folder} is there already", "give a folder that is new or empty")
     folder.mkdir(parents=True, exist_ok=True)
     progress.stage("compile kernels")
-    files = write_source(folder, plugins(), made_for.arch)
+    files = finisher(made_for.backend).write_plugins(folder, made_for)
     document = {"folder": str(folder), "arch": made_for.arch, "files": files}
     return Answer(document, f"{folder}: {len(files)} files for {made_for.arch}; see its README.md")
