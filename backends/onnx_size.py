@@ -4,6 +4,7 @@ import math
 
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
+from onnx.inliner import inline_local_functions
 
 from effopt.errors import UnsafeFileError
 
@@ -30,7 +31,8 @@ def check_sizes(model: ModelProto, name: str, weights: int) -> None:
         if len(tensor.raw_data) > _LARGE:  # shapes are all that inference needs of it
             tensor.ClearField("raw_data")
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        whole = inline_local_functions(model) if model.functions else model
+        inferred = onnx.shape_inference.infer_shapes(whole, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise UnsafeFileError(f"{name}: its shapes contradict each other", _REMEDY) from error
     _check_graph(inferred.graph, name, max(MAX_FOLDED, 2 * weights), set())

@@ -25,6 +25,7 @@ IMAGES = 40
 # --- the demo ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_prints_every_row_and_its_engine_keeps_the_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

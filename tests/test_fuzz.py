@@ -8,7 +8,7 @@ import pytest
 
 from tests.fuzz.campaign import Tally, batch
 
-MODELS = 6
+MODELS = 4
 """Models a test, each with a dozen passes."""
 
 

@@ -21,6 +21,7 @@ from effopt.program import Program
 from effopt.recipe import steps_of
 from tests.exited import built, with_heads
 from tests.test_quantized_forms import EXACT, FLOAT4, LEVEL_4, Quantized, opened, read, same
+from tests.thin import thin
 
 GROUP, WIDTH, TOKENS = FLOAT4 | {"group": 64}, 64, 12
 
@@ -130,7 +131,7 @@ class Early(nn.Module):
         return {"score": self.head(third(second(h).relu() + h).mean(1))}
 
 
-@pytest.mark.parametrize("form", ["if", "split"])
+@pytest.mark.parametrize("form", thin(["if", "split"]))
 def test_layers_behind_an_exit_are_launched_too(form: str, tmp_path: Path) -> None:
     """In the branch of an If, and in a file of their own (measured: 2e-7; heads stay floats)."""
     torch.manual_seed(0)

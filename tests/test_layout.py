@@ -278,7 +278,7 @@ def test_the_versions_agree() -> None:
 
 
 def _shipped() -> set[str]:
-    """Return the files that a wheel must hold: modules, sources of kernels and plugins, py.typed."""
+    """Return what a wheel must hold: modules, sources of kernels and plugins, py.typed."""
     found = {"effopt/py.typed"}
     for path in sources(*SHIPPED):
         inside = path.relative_to(ROOT).as_posix()

@@ -163,11 +163,13 @@ def _subgraph() -> list[Any]:
 
 def _function() -> onnx.ModelProto:
     made = model([helper.make_node("Relu", ["x"], ["y"])])
-    body = _constant(value=BAD)
-    made.functions.append(
-        helper.make_function("", "F", [], ["c"], body, [helper.make_opsetid("", 20)])
-    )
+    made.functions.append(function("F", _constant(value=BAD)))
     return made
+
+
+def function(name: str, body: list[Any], domain: str = "effopt") -> onnx.FunctionProto:
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("effopt", 1)]
+    return helper.make_function(domain, name, ["a"], ["c"], body, imports)
 
 
 def _training() -> onnx.ModelProto:
@@ -196,6 +198,51 @@ PLACES: dict[str, Callable[[], onnx.ModelProto]] = {
     "function default": _default,
     "training": _training,
 }
+
+
+def _calls(name: str, count: int = 1) -> list[Any]:
+    node = helper.make_node(name, ["x"], ["y"], domain="effopt")
+    return [node] * count
+
+
+def _with(functions: list[onnx.FunctionProto], nodes: list[Any]) -> onnx.ModelProto:
+    made = model(nodes)
+    made.functions.extend(functions)
+    made.opset_import.append(helper.make_opsetid("effopt", 1))
+    return made
+
+
+def test_a_node_may_call_a_function_of_the_file_and_a_function_none(folder: Path) -> None:
+    """Each level of functions that call two others would double what a runtime unrolls."""
+    made = _with([function("F", [helper.make_node("Relu", ["a"], ["c"])])], _calls("F"))
+    path = folder / "model.onnx"
+    path.write_bytes(made.SerializeToString())
+    check_file(path)
+    made.functions.append(function("G", _calls("F", 2)))
+    assert "operator domain 'effopt' needs a library of its own" in refused(made, folder)
+
+
+def test_a_function_does_not_stand_for_a_standard_operator(folder: Path) -> None:
+    made = model([helper.make_node("Relu", ["x"], ["y"])])
+    made.functions.append(function("Relu", [helper.make_node("Neg", ["a"], ["c"])], domain=""))
+    assert "function 'Relu': it stands in the operator domain ''" in refused(made, folder)
+
+
+def test_a_function_makes_no_constant_out_of_proportion(folder: Path) -> None:
+    shape = helper.make_tensor("s", onnx.TensorProto.INT64, [1], [1 << 40])
+    body = [
+        helper.make_node("Constant", [], ["s"], value=shape),
+        helper.make_node("ConstantOfShape", ["s"], ["c"]),
+    ]
+    assert "(ConstantOfShape) is a constant of" in refused(
+        _with([function("F", body)], _calls("F")), folder
+    )
+
+
+def test_calls_count_as_the_nodes_that_they_become(folder: Path) -> None:
+    made = model(_calls("F", 2000))
+    made.functions.append(function("F", [helper.make_node("Relu", ["a"], ["c"])] * 200))
+    assert "more than 200000 nodes" in refused(made, folder)
 
 
 @pytest.mark.parametrize("place", list(PLACES))

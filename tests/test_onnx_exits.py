@@ -87,6 +87,7 @@ def rows(program: Program, count: int) -> tuple[torch.Tensor, ...]:
     return tuple(made)
 
 
+@pytest.mark.slow
 def test_standard_operators_alone_say_it_too(tmp_path: Path) -> None:
     program = formed(net(), "compact")
     runner = built(program, tmp_path, "onnx")
@@ -105,6 +106,7 @@ def test_integers_load_and_agree(scheme: str, form: str, kind: str, tmp_path: Pa
     check_integers(scheme, form, kind, tmp_path)
 
 
+@pytest.mark.slow
 def test_four_bit_weights_lie_within_their_branch(tmp_path: Path) -> None:
     """onnxruntime joins them with the product behind them, and looks in the branch alone."""
     check_integers("int4-rtn", "if", "onnx", tmp_path)

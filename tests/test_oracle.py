@@ -15,6 +15,7 @@ from tests.oracle import Case, faults, make_case
 from tests.oracle.case import captured
 from tests.oracle.checks import CHECKS
 from tests.oracle.decisions import GATHER, SCATTER
+from tests.thin import thin
 
 aten = torch.ops.aten
 MERGED = torch.ops.effopt.merge_tokens.default
@@ -167,7 +168,7 @@ FOUND: dict[str, tuple[Spec, str]] = {
 """What campaigns found, in the core or in the oracle."""
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", thin(FOUND))
 def test_what_campaigns_found_stays_right(name: str) -> None:
     spec, passes = FOUND[name]
     assert judge(spec, (passes,)).right == ["normal form", passes]

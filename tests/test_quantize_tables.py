@@ -89,6 +89,7 @@ def test_bytes_are_told_apart_by_what_reads_them(scheme: str, bits: int) -> None
     assert sizes["other"] == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_codes(tmp_path: Path) -> None:
     sizes = []
     for name in ("quantize{scheme=int8-weight}", SPEC):

@@ -24,6 +24,7 @@ from effopt.errors import PreconditionError, UnsafeFileError, VerificationError
 from effopt.kernel import kernel
 from effopt.program import Program
 from effopt.target import target
+from tests.thin import thin
 
 OP = kernel("quantized_linear").op
 Words = dict[str, Any]
@@ -160,7 +161,7 @@ FORMS: dict[str, Row] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", FORMS)
+@pytest.mark.parametrize("row", thin(FORMS))
 def test_numbers_and_what_the_engine_makes_of_it(tmp_path: Path, row: str) -> None:
     name, schemes, tolerance, opset, expected = FORMS[row]
     program = captured(*schemes)

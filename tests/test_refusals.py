@@ -10,6 +10,7 @@ from tests import spellings
 from tests.check import Check
 from tests.programs import made
 from tests.spellings import WIDTH, ConformerBlock, Net, ScaledBlock
+from tests.thin import thin
 
 SDPA = "scaled_dot_product_attention (scaled_dot_product_attention.default)"
 LEAVE = "leave this block out (options first, last or sites), or keep the model as it is"
@@ -76,7 +77,7 @@ UNMENDED: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("case", spellings.WHOLE)
+@pytest.mark.parametrize("case", thin(spellings.WHOLE))
 def test_what_cannot_be_mended_names_the_operator(case: str) -> None:
     net(spellings.WHOLE[case]).refuses(LAST, f"{UNMENDED[case]}\n  remedy: {LEAVE}")
 

@@ -114,7 +114,9 @@ def two_exit_risks() -> Floats:
 # Broken and mean risk: at 500 rows ltt .065 .0118, ltt-hb .027 .0096, wsr .078 .0092; at 200 rows
 # .042 .0287, .016 .0243, .063 .0248.
 @pytest.mark.parametrize("rule", ["ltt", "ltt-hb", "wsr"])
-@pytest.mark.parametrize(("epsilon", "rows"), [(0.02, 500), (0.05, 200)])
+@pytest.mark.parametrize(
+    ("epsilon", "rows"), [(0.02, 500), pytest.param(0.05, 200, marks=pytest.mark.slow)]
+)
 def test_rules_with_a_delta_break_it_no_more_often(rule: str, epsilon: float, rows: int) -> None:
     found = repeat(rule, two_exits(rows), two_exit_risks(), epsilon)
     assert found.broken <= chance(DELTA)

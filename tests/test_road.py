@@ -67,7 +67,7 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("plain"))
 
 
-FEW = ("vit", "bert", "encoder_padded")
+FEW = ("vit", "bert")
 """Models that each test builds; the others, of the same kinds, are in the slow set."""
 
 

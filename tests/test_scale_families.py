@@ -19,6 +19,7 @@ from tests.architectures.base import scramble
 from tests.check import NORMAL
 from tests.programs import apply
 from tests.scaling import prove
+from tests.thin import thin
 
 Settings = dict[str, Any]
 By = Mapping[str, str]
@@ -176,7 +177,7 @@ def expected(family: Family) -> dict[frozenset[str], tuple[str, str]]:
     return {**hand, **more}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", thin(FAMILIES))
 def test_the_groups_are_the_authors_and_all_are_free(name: str) -> None:
     family = FAMILIES[name]
     program = program_of(family)

@@ -9,6 +9,7 @@ from tests.architectures import ARCHITECTURES
 from tests.check import NORMAL
 from tests.programs import apply
 from tests.scaling import prove
+from tests.thin import thin
 
 FAST = (
     *("vit", "bert", "gpt2", "llama", "t5-encoder", "distilbert", "dinov2", "plain-layerscale"),
@@ -27,7 +28,7 @@ def program_of(name: str) -> Program:
     return apply(program, NORMAL)[0]
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", thin(FAST, 3))
 def test_scales_are_free(name: str) -> None:
     assert prove(program_of(name))["folded"] > 0
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import effopt
 from effopt.errors import EffoptError, PreconditionError
+from tests.thin import thin
 
 WIDTH, HEADS, TOKENS = 16, 2, 8
 MERGE = "merge-tokens{r=4,sites=[0]}"
@@ -93,7 +94,7 @@ SAME: dict[str, Head] = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", thin(SAME))
 def test_merging_duplicates_changes_nothing(name: str) -> None:
     assert right_or_refused(SAME[name], "merge-tokens{r=3,sites=[0]}", duplicates()) == ""
 
