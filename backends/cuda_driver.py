@@ -26,7 +26,7 @@ def available(library: str = cuda_api.LIBRARY) -> Support:
     try:
         api = Api(library)
         count = api.get(ctypes.c_int, "cuDeviceGetCount")
-    except MissingError as error:
+    except EffoptError as error:  # a driver that does not start is none, whatever its code
         return Support(False, error.reason)
     return YES if count else Support(False, "the NVIDIA driver finds no GPU")
 

@@ -110,14 +110,18 @@ def _select_and_gather(select: Node) -> Fusion | None:
 def _is_rows(x: Any) -> bool:
     """Tell whether a value is [B, N, C] of floats, with a batch of its own."""
     val = x.meta["val"]
-    shared = isinstance(val.shape[0], int) and val.shape[0] == 1
-    return bool(val.ndim == 3 and val.is_floating_point() and not shared)
+    return bool(val.ndim == 3 and val.is_floating_point() and not _is_shared(val))
 
 
 def _is_numbers(x: Any) -> bool:
-    """Tell whether a value is [B, N] in float32."""
+    """Tell whether a value is [B, N] in float32, with a batch of its own."""
     val = x.meta["val"]
-    return bool(val.ndim == 2 and val.dtype == torch.float32)
+    return bool(val.ndim == 2 and val.dtype == torch.float32 and not _is_shared(val))
+
+
+def _is_shared(val: Any) -> bool:
+    """Tell whether a value is one for all samples, which a launch would read as one each."""
+    return isinstance(val.shape[0], int) and val.shape[0] == 1
 
 
 PATTERNS: Mapping[str, Callable[[Node], Fusion | None]] = {

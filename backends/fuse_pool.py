@@ -7,6 +7,7 @@ GPU one launch reads that once.
 import torch
 from torch.fx import Graph, Node
 
+from effopt.axes import same_sizes
 from effopt.backends.kernels.pool_tokens import FLOOR
 from effopt.kernel import kernel
 from effopt.match import Call, Capture, Match, match
@@ -42,6 +43,8 @@ def _last(mean: Node, found: Match) -> Node | None:
     """Return the node whose value the kernel computes; None where it computes another."""
     x, size = value(found["x"]), value(found["size"])
     if (x.ndim, size.ndim, size.dtype) != (3, 2, torch.float32) or not x.is_floating_point():
+        return None
+    if not same_sizes(x.shape[:2], size.shape):  # sizes that all samples share are broadcast
         return None
     if value(mean).dtype == x.dtype:
         return mean

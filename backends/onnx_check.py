@@ -203,23 +203,38 @@ def _inline(tensor: TensorProto, place: str, count: int) -> int:
 # --- every tensor and node of a model ---------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Function:
+    """What a call becomes: nodes, those of subgraphs among them, and bytes of constants."""
+
+    nodes: int
+    bytes: int
+
+
+_Calls = Mapping[tuple[str, str], _Function]
+
+
 def _walk(model: ModelProto, weights: _Weights) -> None:
     """Visit all graphs, functions, subgraphs and attributes, without recursion."""
-    sizes = _functions(model, weights)
+    known: _Calls = _functions(model, weights)
     trained = [g for info in model.training_info for g in (info.initialization, info.algorithm)]
     # What a node may call: functions call none, or a few of them would become endless graphs.
-    stack: list[tuple[GraphProto | FunctionProto, int, Mapping[tuple[str, str], int]]] = [
-        *((graph, 0, sizes) for graph in (model.graph, *trained)),
+    stack: list[tuple[GraphProto | FunctionProto, int, _Calls]] = [
+        *((graph, 0, known) for graph in (model.graph, *trained)),
         *((body, 0, {}) for body in model.functions),
     ]
-    count = 0
+    count = copied = 0
     while stack:
         body, depth, known = stack.pop()
         if depth > MAX_DEPTH:
             raise _unsafe(weights.model, f"subgraphs are nested more than {MAX_DEPTH} deep")
-        count += sum(known.get((node.domain, node.op_type), 0) + 1 for node in body.node)
+        called = [known[key] for node in body.node if (key := _key(node)) in known]
+        count += len(body.node) + sum(function.nodes for function in called)
+        copied += sum(function.bytes for function in called)
         if count > MAX_NODES:
             raise _unsafe(weights.model, f"more than {MAX_NODES} nodes")
+        if copied > MAX_REPEATED:
+            raise _unsafe(weights.model, f"its functions repeat {copied} bytes of constants")
         if isinstance(body, GraphProto):
             _check_graph_tensors(body, weights)
         defaults = body.attribute_proto if isinstance(body, FunctionProto) else ()
@@ -229,13 +244,34 @@ def _walk(model: ModelProto, weights: _Weights) -> None:
             stack += [(graph, depth + 1, known) for graph in _graphs(attribute)]
 
 
-def _functions(model: ModelProto, weights: _Weights) -> dict[tuple[str, str], int]:
-    """Return the number of nodes of each function by its domain and name."""
+def _key(node: NodeProto) -> tuple[str, str]:
+    return node.domain, node.op_type
+
+
+def _functions(model: ModelProto, weights: _Weights) -> dict[tuple[str, str], _Function]:
+    """Return the functions by domain and name; each is there once, in a domain of its own."""
+    found: dict[tuple[str, str], _Function] = {}
     for body in model.functions:
+        place = f"{weights.model}: function {_shown(body.name)}"
         if body.domain in _DOMAINS:
-            place = f"{weights.model}: function {_shown(body.name)}"
             raise _unsafe(place, f"it stands in the operator domain {_shown(body.domain)}")
-    return {(body.domain, body.name): len(body.node) for body in model.functions}
+        if body.overload or (body.domain, body.name) in found:
+            raise _unsafe(place, "it is there more than once")
+        found[body.domain, body.name] = _Function(_size_of(body), body.ByteSize())
+    return found
+
+
+def _size_of(function: FunctionProto) -> int:
+    """Count the nodes of a function and of the graphs inside of them."""
+    count, bodies = 0, [*_bodies(function)]
+    for body in bodies:
+        count += len(body.node)
+        bodies += _bodies(body)
+    return count + len(function.node)
+
+
+def _bodies(body: GraphProto | FunctionProto) -> list[GraphProto]:
+    return [graph for node in body.node for a in node.attribute for graph in _graphs(a)]
 
 
 def _check_graph_tensors(graph: GraphProto, weights: _Weights) -> None:
@@ -245,11 +281,9 @@ def _check_graph_tensors(graph: GraphProto, weights: _Weights) -> None:
         _check_sparse(sparse, weights)
 
 
-def _checked(
-    node: NodeProto, weights: _Weights, known: Mapping[tuple[str, str], int]
-) -> Iterator[AttributeProto]:
+def _checked(node: NodeProto, weights: _Weights, known: _Calls) -> Iterator[AttributeProto]:
     place = f"{weights.model}: node {_shown(node.name or node.op_type)}"
-    if node.domain not in _DOMAINS and (node.domain, node.op_type) not in known:
+    if node.domain not in _DOMAINS and (_key(node) not in known or node.overload):
         raise _unsafe(place, f"operator domain {_shown(node.domain)} needs a library of its own")
     if node.op_type in _FILE_READERS:
         raise _unsafe(place, f"{node.op_type} loads another file")

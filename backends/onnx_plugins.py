@@ -1,7 +1,7 @@
 """Nodes of plugins in an ONNX graph, and the functions that stand for them.
 
 With its function a node runs in every runtime: in one that has a plugin of that name (TensorRT from
-10.7) the plugin, else the body. Without it the file is for a runtime with the plugin alone.
+10.10) the plugin, else the body. Without it the file is for a runtime with the plugin alone.
 """
 
 import functools

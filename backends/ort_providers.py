@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import io
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ WANTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": (CPU,), "portable": (CPU,), "gpu": (TENSORRT, CUDA, CPU)}
 )
 """Providers by the kind of a target, the best first."""
+
+SETTINGS: Mapping[str, Mapping[str, str]] = MappingProxyType({CUDA: {"use_tf32": "0"}})
+"""Options of providers: float32 is not rounded to TF32, or it would not agree with eager torch."""
 
 LIBRARIES: Mapping[str, str] = MappingProxyType(
     {
@@ -142,6 +146,7 @@ class Bound:
         self._value, self._device = runtime.OrtValue, device
         self._binding = choice.session.io_binding()
         self._bound: dict[str, Any] = {}
+        self._lock = threading.Lock()  # inputs of two threads would lie in one place
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """Run once; the arrays that are returned belong to the caller.
@@ -150,7 +155,8 @@ class Bound:
         enough memory.
         """
         try:
-            return self._run(feeds)
+            with self._lock:
+                return self._run(feeds)
         except RuntimeError as error:  # what a bound run raises, whatever the reason
             raise _refusal(error) from error
         except refusals() as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from effopt.backend import YES, Array, Support
 from effopt.backends.onnx_check import FLOAT8, check_file
-from effopt.backends.ort_providers import CPU, WANTED, Bound, choose, refusals
+from effopt.backends.ort_providers import CPU, SETTINGS, WANTED, Bound, choose, refusals
 from effopt.errors import MissingError, UsageError, VerificationError
 from effopt.signature import Signature
 
@@ -130,7 +130,10 @@ def _open(
         weights = "session.optimized_model_external_initializers_file_name"
         options.add_session_config_entry(weights, f"{optimized.name}.data")
     # Left alone, it prints that a provider failed, and goes on with another.
-    more = {} if len(providers) == 1 else {"enable_fallback": 0}
+    more: dict[str, Any] = {}
+    if len(providers) > 1:
+        settings = [dict(SETTINGS.get(name, {})) for name in providers]
+        more = {"enable_fallback": 0, "provider_options": settings}
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[*providers], **more)
     except refusals() as error:

@@ -63,7 +63,20 @@ def lowerings() -> dict[OpOverload, Callable[..., Any]]:
 
 def adapters() -> dict[OpOverload, Callable[..., Any]]:
     """Return what puts the node of its plugin for each operator, or `lowering` without one."""
-    return {
-        op: found.plugin.adapt if found.plugin else found.lowering
-        for op, found in kernels().items()
-    }
+    return {op: _adapter(found) for op, found in kernels().items()}
+
+
+def _adapter(found: Kernel) -> Callable[..., Any]:
+    from effopt.plugin import NoLaunch
+
+    plugin = found.plugin
+    if plugin is None:
+        return found.lowering
+
+    def adapt(*args: Any, **named: Any) -> Any:
+        try:
+            return plugin.adapt(*args, **named)
+        except NoLaunch:  # sizes that are broadcast, which no launch is made for
+            return found.lowering(*args, **named)
+
+    return adapt

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effopt.axes import same_size
 from effopt.errors import UsageError
 from effopt.sizes import NUMBERS, Algebra, evaluate
 
@@ -103,13 +104,35 @@ Execute = Callable[[Plugin, Sequence[Tensor], Mapping[str, float]], Sequence[Ten
 def call(plugin: Plugin, inputs: Sequence[Tensor], **attributes: float) -> tuple[Tensor, ...]:
     """Run a plugin as the `running` around says.
 
-    Inputs of fixed type are cast to it; `T` inputs have one type among them, which is that of `T`.
+    Inputs of fixed type are cast to it. Raises NoLaunch where `T` inputs have not one type among
+    them, or where a size of one name is not known to be the same everywhere: nothing is broadcast.
     """
     made = [
         tensor if port.dtype == FLOAT_TYPE else tensor.to(getattr(torch, port.dtype))
         for port, tensor in zip(plugin.inputs, inputs, strict=True)
     ]
+    if len(_float_types(plugin, made)) != 1 or not _agree(plugin, made):
+        shapes = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in made)
+        raise NoLaunch(f"{plugin.name} is not launched on {shapes}", "call its kernel instead")
     return tuple(_execute.get()(plugin, made, attributes))
+
+
+class NoLaunch(UsageError):
+    """A plugin's sizes or types contradict each other: standard operators are for these inputs."""
+
+
+def _float_types(plugin: Plugin, inputs: Sequence[Tensor]) -> set[torch.dtype]:
+    pairs = zip(plugin.inputs, inputs, strict=True)
+    return {tensor.dtype for port, tensor in pairs if port.dtype == FLOAT_TYPE}
+
+
+def _agree(plugin: Plugin, inputs: Sequence[Tensor]) -> bool:
+    known = plugin.known([tensor.shape for tensor in inputs], {})
+    return all(
+        same_size(known[name], size)
+        for port, tensor in zip(plugin.inputs, inputs, strict=True)
+        for name, size in zip(port.sizes, tensor.shape, strict=True)
+    )
 
 
 @contextmanager
@@ -127,8 +150,7 @@ def results(
 ) -> list[tuple[torch.dtype, list[Any]]]:
     """Return the type and the sizes of each output."""
     known = plugin.known([tensor.shape for tensor in inputs], attributes)
-    pairs = zip(plugin.inputs, inputs, strict=True)
-    (real,) = {tensor.dtype for port, tensor in pairs if port.dtype == FLOAT_TYPE}
+    (real,) = _float_types(plugin, inputs)
     return [
         (
             real if port.dtype == FLOAT_TYPE else getattr(torch, port.dtype),

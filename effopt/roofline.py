@@ -1,9 +1,10 @@
 """The roofline of a target: the least time that a program can take on it, an estimate.
 
 Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009: a
-product takes at least the time of its operations at the peak of its type, and at least that of its
-bytes at the bandwidth of the memory. Counted are the products of `effopt.cost`; what lies between
-them is taken to cost nothing, as engines fuse it. Real engines are slower, small batches most.
+program takes at least the time of its operations at the peak of their types, and at least that of
+reading its weights and inputs and writing its outputs at the bandwidth of the memory. Operations
+are those of the products of `effopt.cost`. What lies between them is taken to stay on the chip, as
+the best engine would have it. Real engines are slower, small batches most.
 """
 
 from collections.abc import Mapping
@@ -51,15 +52,22 @@ def least_ms(program: Program, target: Target, sizes: Mapping[str, int]) -> floa
     """
     if target.bandwidth is None:
         return None
-    peaks, symbols, seconds = dict(target.peak), symbol_sizes(program, sizes), 0.0
+    peaks, symbols, computing = dict(target.peak), symbol_sizes(program, sizes), 0.0
     for node, macs in macs_by_node(program, sizes).items():
         peak = peaks.get(_type(node)) if macs else None
         if macs and peak is None:
             return None
-        if peak is not None:
-            moved = sum(_bytes(part, symbols) for part in (node, *node.all_input_nodes))
-            seconds += max(2 * macs / (peak * 1e12), moved / (target.bandwidth * 1e9))
-    return 1e3 * seconds
+        computing += 2 * macs / (peak * 1e12) if peak else 0.0
+    moved = sum(_bytes(node, symbols) for node in _moved(program))
+    return 1e3 * max(computing, moved / (target.bandwidth * 1e9))
+
+
+def _moved(program: Program) -> list[Node]:
+    """Return what has to be read or written at the least: weights, inputs and outputs."""
+    (returned,) = program.output().args
+    outputs = [node for node in returned if isinstance(node, Node)]  # type: ignore[union-attr]
+    weights = {node.target: node for node in program.nodes() if node.op == "get_attr"}
+    return list(dict.fromkeys((*weights.values(), *program.inputs(), *outputs)))
 
 
 def _type(node: Node) -> str:

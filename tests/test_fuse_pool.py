@@ -129,3 +129,21 @@ def test_models_that_pool_after_a_merge_have_the_node_for_a_gpu(tmp_path: Path) 
     want = made.program.run(tuple(inputs.values()))
     for one, other in zip(got.values(), want, strict=True):
         assert np.abs(one - other.numpy()).max() <= 1e-5
+
+
+def test_sizes_that_all_samples_share_are_no_sizes_of_a_launch() -> None:
+    """A kernel reads one row of sizes for each sample, and would read behind a single one."""
+    x, size = given()
+    shared = nn.Parameter(size[:1])
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = self.size.unsqueeze(2)
+            return (x * wide).sum([1]) / wide.sum([1]).clamp_min(1e-6)
+
+    program = Check(Shared(), {"x": x}).program
+    assert fused(program) == []

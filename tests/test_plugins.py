@@ -10,7 +10,7 @@ from torch import Tensor
 from effopt.backends import nvcc
 from effopt.backends.onnx_plugins import plugins
 from effopt.kernel import Kernel, kernels
-from effopt.plugin import FLOATS, Execute, Plugin, running
+from effopt.plugin import FLOATS, Execute, NoLaunch, Plugin, call, running
 from effopt.sizes import names
 from tests.plugin_runs import alone, in_onnxruntime, in_reference, on_host
 
@@ -153,3 +153,28 @@ def test_every_source_is_that_of_a_plugin_and_beside_its_kernel() -> None:
     assert stems == {plugin.stem for plugin in plugins().values()}
     assert all((nvcc.SOURCES / f"{stem}.py").exists() for stem in stems)
     assert all(dataclasses.is_dataclass(plugin) for plugin in plugins().values())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_is_broadcast_into_a_launch(name: str) -> None:
+    """A batch of one beside others would be read behind its end."""
+    plugin, seen = plugin_of(name), list[str]()
+
+    def one_by_one(plugin: Plugin, inputs: Any, attributes: Any) -> Any:
+        for place, port in enumerate(plugin.inputs):
+            others = [p for n, p in enumerate(plugin.inputs) if n != place]
+            if port.sizes[:1] != ("B",) or not any("B" in other.sizes for other in others):
+                continue
+            if inputs[place].shape[0] == 1:
+                continue
+            widened = [*inputs[:place], inputs[place][:1], *inputs[place + 1 :]]
+            with pytest.raises(NoLaunch, match=f"{plugin.name} is not launched on"):
+                call(plugin, widened, **attributes)
+            seen.append(port.name)
+        return on_host(plugin, inputs, attributes)
+
+    with running(one_by_one):
+        for sample in KERNELS[name].samples():
+            plugin.adapt(*sample)
+    shares = sum("B" in port.sizes for port in plugin.inputs) > 1
+    assert bool(seen) == shares
