@@ -1,7 +1,7 @@
 """Compiling CUDA sources to PTX, without a GPU or a driver.
 
-PTX of one architecture runs on every later one. nvcc is that of the package nvidia-cuda-nvcc (13.0),
-whose parts find each other, of CUDA_HOME or of the path: the first that is not too new.
+PTX of one architecture runs on every later one. nvcc is the first that is not too new: of the
+package nvidia-cuda-nvcc (13.0), whose parts find each other, of CUDA_HOME, or of the path.
 """
 
 import functools
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 from effopt.backend import YES, Support
 from effopt.errors import MissingError, VerificationError
@@ -133,9 +134,9 @@ def compile_ptx(stem: str, arch: str) -> Ptx:
     Raises MissingError where no nvcc is here that is not too new, VerificationError with its words
     where it refuses the source, and where it writes PTX above PTX_VERSION or does not end.
     """
-    lacking, nvcc = missing(), find()
-    if lacking or nvcc is None:
-        raise MissingError(*(lacking or ()))
+    if lacking := missing():
+        raise MissingError(*lacking)
+    nvcc = cast(Path, find())
     source, header = ((SOURCES / name).read_bytes() for name in (f"{stem}.cu", HEADER))
     asked = " ".join((*_OPTIONS, arch, release(nvcc))).encode()
     key = hashlib.sha256(b"\0".join([source, header, asked]))

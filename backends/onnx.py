@@ -112,7 +112,15 @@ class Onnx:
         return runtime()
 
     def supports(self, program: "Program", target: Target) -> Support:
-        """Say yes: what has no ONNX form, or what the target refuses, only `build` finds out."""
+        """Refuse a model in bfloat16; other limits are found on the file, by `build`."""
+        import torch
+
+        for node in program.nodes():
+            if getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16:
+                reason = f"{node.name} is bfloat16, and arrays of the engine have no such type"
+                return Support(
+                    False, f"{reason}: convert model.float() with quantize{{scheme=bf16}}"
+                )
         return YES
 
     def build(self, program: "Program", target: Target, folder: Path) -> Artifact:

@@ -183,7 +183,11 @@ RULES = (
         "a scatter that adds up is not supported",
         "write the sum as a product with a one-hot matrix",
     ),
-    _Rule(_open_k, "its K is not a constant", "make K a constant of the graph"),
+    _Rule(
+        _open_k,
+        "its K is not a constant",
+        "leave length out of dynamic, or give a recipe that moves no tokens",
+    ),
     _Rule(
         _large_k,
         f"its K is above {MAX_TOPK}, the most that the builder takes",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from effopt.backend import Array, Artifact, Runner, Support
 from effopt.backends.onnx import MODEL, Onnx, models, opened
+from effopt.backends.onnx_check import check_file
 from effopt.backends.trt_modules import LIBRARIES, available, device, missing, module_name, require
 from effopt.backends.trt_plans import Model, build, compile_check, parse
 from effopt.backends.trt_profiles import known_sizes
@@ -122,12 +123,7 @@ class Trt:
         for plan in folder.glob("*.plan"):
             plan.unlink()
         model = Model(folder, manifest.signature, manifest.facts)
-        if manifest.facts.get("plugins"):
-            from effopt.backends.onnx_plugins import plugin_nodes
-            from effopt.backends.trt_kernels import write_kernels
-
-            nodes = plugin_nodes([folder / file for file, _ in model.parts])
-            write_kernels(folder, nodes, target(manifest.target).arch)
+        _renew_kernels(model, target(manifest.target).arch)
         engine = build(self.name, model, wish, tell)
         where = f"{LIBRARIES[self.name].title} {engine.version} on {engine.device} ({engine.arch})"
         line = f"engine: {where}, {engine.layers} layers, built in {engine.seconds:.0f} s"
@@ -166,6 +162,21 @@ class TrtRtx(Trt):
     """TensorRT-RTX, whose plans name the architectures that they are for."""
 
     name = "trt-rtx"
+
+
+def _renew_kernels(model: Model, arch: str) -> None:
+    """Compile the PTX of a folder anew; nothing parses one of its files that was not checked."""
+    if not model.facts.get("plugins"):  # no file of PTX is read
+        for path in model.folder.glob("*.ptx"):
+            path.unlink()
+        return
+    from effopt.backends.onnx_plugins import plugin_nodes
+    from effopt.backends.trt_kernels import renew_kernels
+
+    files = [model.folder / file for file, _ in model.parts]
+    for file in files:
+        check_file(file)
+    renew_kernels(model.folder, plugin_nodes(files), arch)
 
 
 def _no_stand_in(facts: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:  # OSError: a shared library of it is not there
-        first = str(error).splitlines()[0]
+        first = (str(error).splitlines() or ["no reason given"])[0]
         raise Refused(f"{name} cannot be imported: {first}", kind="library") from error
 
 
@@ -120,7 +120,7 @@ def _build(trt: Any, logger: Any, request: Record, said: Messages) -> Record:
 
 
 def _register(trt: Any, request: Record) -> str:
-    """Register the plugins of the file ahead of the parser; return why that cannot be, or ""."""
+    """Register the plugins of the file ahead of its parser; return why that cannot be, or ""."""
     if not request["plugins"]:
         return ""
     from effopt.backends import trt_plugins
@@ -213,6 +213,9 @@ def _blame(errors: list[str], layers: list[str]) -> tuple[str, str, str]:
 def _refit(trt: Any, logger: Any, request: Record, said: Messages) -> Record:
     """Put the weights of a newer ONNX file of the same graph into a plan built to be refitted."""
     start = time.perf_counter()
+    if lacking := _register(trt, request):
+        reason = f"the plan holds plugins, and {lacking}"
+        raise Refused(reason, "build the engine again", kind="plan")
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(Path(request["old"]).read_bytes())
     if engine is None:

@@ -16,9 +16,13 @@ def ptx_file(stem: str, arch: str) -> str:
     return f"{stem}.{arch}.ptx"
 
 
-def ptx_files(folder: Path) -> dict[str, Path]:
-    """Return the PTX that a folder has, by the stems of the sources."""
-    return {path.name.partition(".")[0]: path for path in sorted(folder.glob("*.ptx"))}
+def ptx_files(folder: Path, names: Iterable[str], arch: str) -> dict[str, Path]:
+    """Return the PTX that a folder has of plugins for an architecture, by the stems of the sources.
+
+    A file of any other name counts for nothing.
+    """
+    found = {stem: folder / ptx_file(stem, arch) for stem in _stems(names)}
+    return {stem: path for stem, path in found.items() if path.is_file()}
 
 
 def write_kernels(folder: Path, names: Iterable[str], arch: str) -> tuple[list[str], str]:
@@ -27,7 +31,7 @@ def write_kernels(folder: Path, names: Iterable[str], arch: str) -> tuple[list[s
     Without nvcc nothing is written, and what is pending says so: engines can be built all the same,
     where the functions in the files stand for the plugins. Errors are those of `compile_ptx`.
     """
-    stems = sorted({plugins()[name].stem for name in names})
+    stems = _stems(names)
     if not stems:
         return [], ""
     here = available()
@@ -36,3 +40,19 @@ def write_kernels(folder: Path, names: Iterable[str], arch: str) -> tuple[list[s
     for stem in stems:
         (folder / ptx_file(stem, arch)).write_text(compile_ptx(stem, arch).text)
     return [ptx_file(stem, arch) for stem in stems], ""
+
+
+def renew_kernels(folder: Path, names: Iterable[str], arch: str) -> None:
+    """Compile the PTX of plugins in place of all that a folder has; errors as `write_kernels`.
+
+    Without nvcc the folder's own stays, of these plugins for this architecture.
+    """
+    found = sorted(names)
+    kept = [] if available().ok else ptx_files(folder, found, arch).values()
+    for path in {*folder.glob("*.ptx")}.difference(kept):
+        path.unlink()
+    write_kernels(folder, found, arch)
+
+
+def _stems(names: Iterable[str]) -> list[str]:
+    return sorted({plugins()[name].stem for name in names})

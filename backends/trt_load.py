@@ -14,10 +14,10 @@ from typing import Any
 
 from effopt.backends.cuda_driver import Device
 from effopt.backends.trt_child import Messages
-from effopt.errors import EffoptError, MissingError, UsageError, VerificationError
+from effopt.errors import EffoptError, MissingError, UnsafeFileError, UsageError, VerificationError
 from effopt.signature import Signature, TensorSpec
 
-MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_lean")
+MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 """The modules that can run plans; no other name is imported, whatever a folder says."""
 
 DTYPES: Mapping[str, str] = MappingProxyType(
@@ -45,15 +45,10 @@ class Options:
     `graphs` is the number of shapes, at most, that get a CUDA graph and an execution context of
     their own; 0 for none. `weight_budget` is how many bytes of weights stay on the device, where
     the plan was built to stream them; None leaves it to the library, by the memory that is free.
-    `lean_runtime` is the library of the release that built the plan (libnvinfer_lean.so), for a
-    plan that later releases run by it. `host_code` allows plans that carry such code themselves:
-    only for a plan from a source that is trusted like a program.
     """
 
     graphs: int = 4
     weight_budget: int | None = None
-    lean_runtime: Path | None = None
-    host_code: bool = False
 
 
 DEFAULTS = Options()
@@ -82,9 +77,9 @@ SAID: tuple[tuple[str, _Meaning], ...] = (
     (
         r"host code|hostcodeallowed|lean runtime",
         (
-            UsageError,
+            UnsafeFileError,
             "the plan carries code for this machine",
-            "build it without, or allow it for a plan that you trust like a program",
+            "do not run this file; build the engine yourself: effopt build DIR",
         ),
     ),
     (
@@ -169,13 +164,13 @@ def open_plan(
     """Load a plan on a device and check that it takes and gives what the signature says.
 
     Raises MissingError where the library is not installed or memory is short, VerificationError
-    for a plan of another version, another GPU or another model, UsageError for one that carries
-    code while `options` do not allow it.
+    for a plan of another version, another GPU or another model, UnsafeFileError for one that
+    carries code for this machine.
     """
     trt = library(module)
     said = Messages()
     device.use()
-    runtime = _runtime(trt, said, options)
+    runtime = _runtime(trt, said)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise explain(said, f"{path.name} cannot be loaded")
@@ -189,17 +184,13 @@ def open_plan(
     return Plan(engine, runtime, said, signature.inputs, signature.outputs, ranges)
 
 
-def _runtime(trt: Any, said: Messages, options: Options) -> Any:
-    """Start the library, or the lean runtime that it is to load in its place."""
+def _runtime(trt: Any, said: Messages) -> Any:
+    """Start the library; it loads no plan that carries code for this machine."""
     try:
         runtime = trt.Runtime(said.logger(trt))
     except TypeError as error:  # what the bindings raise where the library returns none
         raise explain(said, f"{trt.__name__} cannot be started") from error
-    if options.lean_runtime is not None:
-        runtime = runtime.load_runtime(str(options.lean_runtime))
-        if runtime is None:
-            raise explain(said, f"{options.lean_runtime} cannot be loaded")
-    runtime.engine_host_code_allowed = options.host_code
+    runtime.engine_host_code_allowed = False
     return runtime
 
 

@@ -3,7 +3,8 @@
 One row an option, so that 10.x, 11.x and TensorRT-RTX differ in data. An option that the library
 at hand lacks is refused with the reason. Run with TensorRT-RTX 1.7 and no GPU: `weight_streaming`,
 `workspace`, `level`; `refit` wants a GPU there. Only read, from the 10.16 and 11.4 bindings:
-`version_compatible`, `hardware_compatible`, `timing_cache`.
+`hardware_compatible`, `timing_cache`. Plans for later versions are not offered: these load by a
+runtime that the plan carries, code of its own that no file may run, or by one installed apart.
 """
 
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from effopt.errors import UsageError
+
 Value = bool | int | str
 Options = Mapping[str, Value]
 
@@ -23,12 +26,34 @@ Options = Mapping[str, Value]
 class Option:
     """One wish: `apply(trt, config, value)` sets it, if `trt` has all names that it `needs`.
 
+    `takes` is the type of its values, or the range of the numbers that it takes.
     `not_rtx` says why TensorRT-RTX gets no such wish, though its API has the names.
     """
 
     needs: tuple[str, ...]
     apply: Callable[[Any, Any, Any], None]
     not_rtx: str = ""
+    takes: type | range = bool
+
+
+def complaint(name: str, value: Value) -> str:
+    """Return why there is no such option, or why it takes no such value, or ""."""
+    if name not in OPTIONS:
+        return f"there is no option {name[:100]!a}"
+    takes = OPTIONS[name].takes
+    if isinstance(takes, range):
+        known = f"numbers from {takes[0]} to {takes[-1]}"
+        fits = type(value) is int and value in takes
+    else:
+        known, fits = f"a {takes.__name__}", type(value) is takes
+    return "" if fits else f"option {name!r} takes {known}, not {value!a:.100}"
+
+
+def check_options(options: Options) -> None:
+    """Raise UsageError for an option that there is not, or a value that it does not take."""
+    for name, value in options.items():
+        if wrong := complaint(name, value):
+            raise UsageError(wrong, f"known options: {', '.join(OPTIONS)}")
 
 
 def refusal(trt: Any, name: str) -> str:
@@ -82,15 +107,12 @@ def keep_timing_cache(config: Any, path: Path) -> None:
     os.replace(fresh, path)
 
 
-_VERSIONS = _flags("VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME")
+_LEVELS = range(6)
+_MEBIBYTES = range(1 << 43)
+"""Of which the bytes are a 64-bit number."""
+
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
-        # A plan that carries its own runtime runs code of its own when it is loaded, which effopt
-        # lets no file do: a later TensorRT needs the lean runtime of the version that built it.
-        "version_compatible": Option(
-            *(_VERSIONS.needs, _VERSIONS.apply),
-            "its plans load in the release that built them alone",
-        ),
         "hardware_compatible": Option(
             ("HardwareCompatibilityLevel.AMPERE_PLUS",),
             _ampere,
@@ -101,15 +123,20 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             ("BuilderFlag.REFIT", "Refitter", "OnnxParserRefitter"), _flags("REFIT").apply
         ),
         "workspace": Option(
-            ("IBuilderConfig.set_memory_pool_limit", "MemoryPoolType.WORKSPACE"), _workspace
+            ("IBuilderConfig.set_memory_pool_limit", "MemoryPoolType.WORKSPACE"),
+            _workspace,
+            takes=_MEBIBYTES,
         ),
-        "level": Option(("IBuilderConfig.builder_optimization_level",), _level),
+        "level": Option(("IBuilderConfig.builder_optimization_level",), _level, takes=_LEVELS),
         "timing_cache": Option(
             ("IBuilderConfig.create_timing_cache", "IBuilderConfig.set_timing_cache"),
             _timing_cache,
             "it times nothing while it builds",
+            takes=str,
         ),
     }
 )
+PATHS = frozenset(name for name, option in OPTIONS.items() if option.takes is str)
+"""Options that are files of this machine: no engine records them."""
 """By name: `workspace` is in MiB, `level` from 0 (quick) to 5, `timing_cache` a path; the others
 are yes or no. `refit` may change the numbers of a TensorRT 11.3 engine (its release notes)."""

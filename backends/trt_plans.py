@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from effopt.backends.trt_modules import (
     module_name,
     number,
 )
+from effopt.backends.trt_options import PATHS, check_options
 from effopt.backends.trt_profiles import profiles, ranges, read_sizes
 from effopt.backends.trt_record import Engine, read_engine
 from effopt.errors import MissingError, UsageError
@@ -72,10 +73,9 @@ def build(kind: str, model: Model, wish: Wish, tell: Tell) -> Engine:
     here = device()
     if wish.old is not None:
         return _refitted(kind, model, wish.old, here, tell)
-    archs = (here.arch,) if LIBRARIES[kind].aims else ()
-    found = _built(kind, archs, model, model.folder, wish, tell)
+    found = _built(kind, here.arch, model, model.folder, wish, tell)
     sizes = ranges(read_sizes(model.facts.get("sizes", {})), wish.sizes)
-    kept = {name: value for name, value in wish.options.items() if name != "timing_cache"}
+    kept = {name: value for name, value in wish.options.items() if name not in PATHS}
     return _engine(kind, here, found, sizes, kept)
 
 
@@ -94,9 +94,8 @@ def compile_check(
     if installed(used) is None:
         reason = lacking[0] if lacking else f"this GPU is not {arch}"
         raise MissingError(reason, f"{LIBRARIES[CHECKER].install}, which builds without a GPU")
-    archs = (aim,) if LIBRARIES[used].aims else ()
     with tempfile.TemporaryDirectory(prefix="effopt-") as scratch:
-        found = _built(used, archs, model, Path(scratch), wish, tell)
+        found = _built(used, aim, model, Path(scratch), wish, tell)
     figures = {"library": used, "arch": aim, **_sums(found)}
     figures["warnings"] = [line for outcome in found.values() for line in outcome.warnings]
     other = "" if aim == arch else f", the nearest that it knows to {arch}"
@@ -112,14 +111,15 @@ def nearest(arch: str) -> str:
     return f"sm_{max((aim for aim in AIMS if aim <= number(arch)), default=AIMS[0])}"
 
 
-def _plugins(model: Model, path: Path) -> tuple[dict[str, int], dict[str, Path]]:
-    """Return the plugin nodes of a file, and the PTX of their kernels."""
+def _plugins(model: Model, path: Path, arch: str) -> tuple[dict[str, int], dict[str, Path]]:
+    """Return the plugin nodes of a file, and the PTX of their kernels for an architecture."""
     if not model.facts.get("plugins"):
         return {}, {}
     from effopt.backends.onnx_plugins import plugin_nodes  # they need torch, running a plan none
     from effopt.backends.trt_kernels import ptx_files
 
-    return plugin_nodes([path]), ptx_files(model.folder)
+    nodes = plugin_nodes([path])
+    return nodes, ptx_files(model.folder, nodes, arch)
 
 
 def _notes(outcomes: Iterable[Outcome]) -> str:
@@ -129,8 +129,10 @@ def _notes(outcomes: Iterable[Outcome]) -> str:
 
 
 def _built(
-    kind: str, archs: tuple[str, ...], model: Model, into: Path, wish: Wish, tell: Tell
+    kind: str, arch: str, model: Model, into: Path, wish: Wish, tell: Tell
 ) -> dict[str, Outcome]:
+    check_options(wish.options)
+    archs = (arch,) if LIBRARIES[kind].aims else ()
     chosen = ranges(read_sizes(model.facts.get("sizes", {})), wish.sizes)
     shapes = {file: profiles(part, chosen, file) for file, part in model.parts}
     module = module_name(kind)
@@ -138,7 +140,7 @@ def _built(
     def request(file: str) -> Request:
         plan = (into / file).with_suffix(".plan")
         path = model.folder / file
-        more = (shapes[file], wish.options, None, *_plugins(model, path))
+        more = (shapes[file], wish.options, None, *_plugins(model, path, arch))
         return Request(module, path, plan, archs, *more)
 
     return _each(model, "build", request, tell)
@@ -157,11 +159,15 @@ def _refitted(kind: str, model: Model, old: Path, here: Device, tell: Tell) -> E
     module = module_name(kind)
 
     def request(file: str) -> Request:
-        plan = (model.folder / file).with_suffix(".plan")
-        return Request(module, model.folder / file, plan, old=old / before.plans[file])
+        path = model.folder / file
+        plan, held = path.with_suffix(".plan"), old / before.plans[file]
+        # Where functions stand for plugins in the old plan, they do in the new one.
+        nodes, ptx = ({}, {}) if before.note else _plugins(model, path, here.arch)
+        return Request(module, path, plan, old=held, plugins=nodes, ptx=ptx)
 
     found = _each(model, "refit", request, tell)
-    return _engine(kind, here, found, before.sizes, before.options)
+    made = _engine(kind, here, found, before.sizes, before.options)
+    return replace(made, plugins=before.plugins, note=before.note)
 
 
 def _no_refit(kind: str, before: Engine | None, model: Model, here: Device) -> str:

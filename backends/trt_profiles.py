@@ -4,7 +4,7 @@ TensorRT tunes for the best and takes any size in between; outside of it the eng
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effopt.backends.trt_build import Sizes
 from effopt.errors import PreconditionError, UnsafeFileError, UsageError
@@ -114,8 +114,3 @@ def _shapes(spec: TensorSpec, chosen: Mapping[str, Range], file: str) -> Sizes:
         for place in range(3)
     )
     return least, best, most
-
-
-def plain(chosen: Mapping[str, Range]) -> dict[str, Any]:
-    """Return the sizes as the manifest holds them."""
-    return {name: list(size) for name, size in chosen.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from effopt.backends.trt_modules import LIBRARIES, Device, number
-from effopt.backends.trt_options import OPTIONS, Options
+from effopt.backends.trt_options import PATHS, Options, complaint
 from effopt.errors import UnsafeFileError
 
 _PLAN = re.compile(r"[A-Za-z0-9_-]{1,100}\.plan")
@@ -47,7 +47,7 @@ class Engine:
         portable = self.options.get("hardware_compatible") and device.number >= _AMPERE
         if device.arch != self.arch and not (portable and number(self.arch) >= _AMPERE):
             return f"its engine was built for {self.arch}, this GPU is {device.arch}"
-        if version != self.version and not self.options.get("version_compatible"):
+        if version != self.version:
             return f"its engine was built by {title} {self.version}, here is {version}"
         return ""
 
@@ -82,8 +82,11 @@ def read_engine(record: object, folder: Path, files: list[str]) -> Engine:
 def _check(engine: Engine, folder: Path, files: list[str]) -> None:
     if engine.library not in LIBRARIES or not _ARCH.fullmatch(engine.arch):
         raise _damaged("its library or its architecture is unknown")
-    if unknown := sorted({*engine.options} - {*OPTIONS}):
-        raise _damaged(f"there is no option {unknown[0][:100]!a}")
+    for name, value in engine.options.items():
+        if wrong := complaint(name, value):
+            raise _damaged(wrong)
+        if name in PATHS:  # a build writes there, and no file chooses what is written
+            raise _damaged(f"option {name!r} is none that is kept")
     if sorted(engine.plans) != sorted(files):
         raise _damaged("its plans are not those of the ONNX files")
     for plan in engine.plans.values():

@@ -132,8 +132,11 @@ def _opened(path: Path, name: str) -> tuple[Finisher, Target, Manifest]:
 
 
 def finisher(name: str) -> Finisher:
-    """Return the backend of a GPU target, by the name of the backend."""
-    return cast(Finisher, backend(name))
+    """Return the backend of a GPU target, by its name; UsageError for one that builds nothing."""
+    found = backend(name)
+    if not hasattr(found, "finish"):
+        raise UsageError(f"the backend {name!r} builds no engines", "name that of a GPU target")
+    return cast(Finisher, found)
 
 
 def _checked(engine: Engine) -> list[Figure]:

@@ -178,7 +178,13 @@ def _disk_error(target: Path, error: OSError) -> EffoptError:
         errno.EEXIST: "choose a path below a folder",
     }
     remedy = remedies.get(error.errno or 0, "choose another folder")
-    return EffoptError(f"{target} cannot be written: {error.strerror or error}", remedy)
+    culprit = Path(os.fsdecode(error.filename)) if error.filename else target
+    # What lies elsewhere, such as a cache or a compiler, is not the folder that was asked for.
+    own = culprit.is_relative_to(target) or culprit.parent.name.startswith(f".{target.name}.")
+    if culprit == target.parent or own or target.is_relative_to(culprit):
+        return EffoptError(f"{target} cannot be written: {error.strerror or error}", remedy)
+    remedy = f"nothing was written to {target}: mend that path, and try again"
+    return EffoptError(f"{culprit}: {error.strerror or error}", remedy)
 
 
 # --- reading ----------------------------------------------------------------------------------

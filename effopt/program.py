@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -207,14 +208,26 @@ def module_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """Return `file:line` of the model's code that made the node, or ""."""
+    """Return `file:line` of the model's code that made the node, or "".
+
+    A file is named below its packages or the current folder, else with the folder that it is in:
+    reasons are written into reports, which tell nothing of the machine that made them.
+    """
     lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
     places = [line.strip() for line in lines if line.strip().startswith("File ")]
     places = [place for place in places if not place.startswith('File "<')]  # made at run time
     if not places:
         return ""
     parts = places[-1].split(", ")
-    return f"{parts[0][5:].strip(chr(34))}:{parts[1].removeprefix('line ')}"
+    return f"{_short(Path(parts[0][5:].strip(chr(34))))}:{parts[1].removeprefix('line ')}"
+
+
+def _short(path: Path) -> str:
+    for place, part in enumerate(path.parts):
+        if part in ("site-packages", "dist-packages"):
+            return "/".join(path.parts[place + 1 :])
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else "/".join(path.parts[-2:])
 
 
 def where(node: Node) -> str:

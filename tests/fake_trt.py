@@ -8,7 +8,6 @@ of all tensors, and no change of a context after its work was captured.
 import ctypes
 import enum
 import json
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -168,9 +167,6 @@ class RuntimeNames:
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
         raise NotImplementedError
 
-    def load_runtime(self, path: str) -> Any:
-        raise NotImplementedError
-
 
 def module(fake: Fake, said: str = "") -> ModuleType:
     """Make the module; with `said`, every plan is refused with these words in the log."""
@@ -178,15 +174,7 @@ def module(fake: Fake, said: str = "") -> ModuleType:
 
     class Runtime(RuntimeNames):
         def __init__(self, logger: Any) -> None:
-            self._logger, self._lean = logger, False
-
-        def load_runtime(self, path: str) -> Any:
-            if not Path(path).exists():
-                self._logger.log(ILogger.Severity.ERROR, "cannot open shared object file")
-                return None
-            made = Runtime(self._logger)
-            made._lean = True
-            return made
+            self._logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
             record = json.loads(serialized_engine)
@@ -195,8 +183,6 @@ def module(fake: Fake, said: str = "") -> ModuleType:
                 if not self.engine_host_code_allowed
                 else ""
             )
-            if record.get("lean") and not self._lean:
-                refused = "expecting library version 10.0 got 9.3, please rebuild"
             if refused:
                 self._logger.log(ILogger.Severity.ERROR, refused)
                 return None

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -94,11 +95,15 @@ def _feeds(plugin: Plugin, inputs: Sequence[Tensor]) -> dict[str, Any]:
 
 
 @functools.cache
-def host_library(source: Path) -> ctypes.CDLL:
-    """Compile a kernel's source for the host; a loop over threads runs whole in each block."""
+def host_library(source: Path, backwards: bool) -> ctypes.CDLL:
+    """Compile a kernel's source for the host; a loop over threads runs whole in each block.
+
+    `backwards` counts threads down.
+    """
     folder = Path(tempfile.mkdtemp(prefix="effopt-host-"))
     words = ["g++", "-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
     words += ["-Wall", "-Werror", f"-I{nvcc.SOURCES}", "-o", str(folder / "host.so"), str(source)]
+    words += ["-DEFFOPT_REVERSED"] * backwards
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "host.so"))
@@ -109,9 +114,14 @@ def on_host(
     inputs: Sequence[Tensor],
     attributes: Mapping[str, float],
     source: Path | None = None,
+    backwards: bool = False,
 ) -> list[Tensor]:
-    """Run every block of a launch, one after the other, in the order of the arguments in PTX."""
-    library = host_library(source or nvcc.SOURCES / f"{plugin.stem}.cu")
+    """Run every block of a launch, one after the other, with arguments in the order of PTX.
+
+    `backwards` begins with the last block, and in each with the last thread: what is right in
+    both orders takes nothing from another thread of its phase, and nothing from another block.
+    """
+    library = host_library(source or nvcc.SOURCES / f"{plugin.stem}.cu", backwards)
     kinds = results(plugin, inputs, attributes)
     held = [tensor.contiguous() for tensor in inputs]
     made = [poisoned(kind, sizes) for kind, sizes in kinds]
@@ -123,11 +133,10 @@ def on_host(
         *(ctypes.c_int(scalar) for scalar in launch.scalars),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in made),
     ]
-    for z in range(launch.grid[2]):
-        for y in range(launch.grid[1]):
-            for x in range(launch.grid[0]):
-                library.effopt_set_block(x, y, z)
-                run(*arguments)
+    blocks = list(itertools.product(*(range(count) for count in reversed(launch.grid))))
+    for z, y, x in reversed(blocks) if backwards else blocks:
+        library.effopt_set_block(x, y, z)
+        run(*arguments)
     return made
 
 

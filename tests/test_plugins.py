@@ -1,6 +1,7 @@
 """Every plugin: its function, its CUDA source and its launch say what the kernel means."""
 
-import dataclasses
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,10 +77,35 @@ def test_the_function_runs_in_the_reference_evaluator(name: str) -> None:
     agree(KERNELS[name], in_reference, torch.float32)
 
 
+@pytest.mark.parametrize("backwards", [False, True], ids=["first to last", "last to first"])
 @pytest.mark.parametrize("kind", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_arithmetic_of_the_source_is_right_on_the_host(name: str, kind: torch.dtype) -> None:
-    agree(KERNELS[name], on_host, kind)
+def test_the_arithmetic_of_the_source_is_right_on_the_host(
+    name: str, kind: torch.dtype, backwards: bool
+) -> None:
+    """Threads and blocks in either order: what one needs of another shows in one of the two."""
+    agree(KERNELS[name], partial(on_host, backwards=backwards), kind)
+
+
+NEIGHBOURS = """
+#include "effopt.cuh"
+template <class T> DEVICE void pool_tokens(const T*, const float*, int, int C, T* y) {
+  FOR_THREADS(c, C) y[c] = rounded<T>(c ? real(y[c - 1]) + 1.0f : 0.0f);
+}
+#define PARAMETERS(T) (const T* x, const float* size, int N, int C, T* y)
+ENTRIES(pool_tokens, PARAMETERS, x, size, N, C, y)
+"""
+
+
+def test_a_thread_that_reads_what_another_of_its_phase_writes_shows(tmp_path: Path) -> None:
+    (tmp_path / "neighbours.cu").write_text(NEIGHBOURS)
+    given = (plugin_of("PoolTokens"), (torch.ones(1, 2, 4), torch.ones(1, 2)), {})
+    runs = [
+        on_host(*given, source=tmp_path / "neighbours.cu", backwards=way)[0]
+        for way in (False, True)
+    ]
+    assert runs[0].tolist() == [[0, 1, 2, 3]]
+    assert not torch.equal(*runs)
 
 
 @pytest.mark.parametrize("opset", [21, 23])
@@ -120,23 +146,30 @@ def test_ptx_has_an_entry_of_each_type_that_takes_what_is_passed(name: str, arch
     assert set(entries) == {plugin.entry(dtype) for dtype in FLOATS}
 
 
+NAMES = {size for kernel in plugins().values() for port in kernel.inputs for size in port.sizes}
+SMALL = {"H": 4, "G": 2, "N": 128, "K": 64, "W": 8, "R": 64}
+LAUNCHES: dict[str, dict[str, int]] = {
+    "least": dict.fromkeys(NAMES, 7) | {"B": 1},
+    "three": dict.fromkeys(NAMES, 64) | {"B": 3},
+    "64 of ViT-L": dict.fromkeys(NAMES, 577) | {"B": 64},
+    "70,000 small ones": dict.fromkeys(NAMES, 8) | SMALL | {"B": 70_000, "M": 70_000 * 128},
+}
+"""Sizes by name; M, the rows of a linear layer, counts tokens of all samples."""
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_launch_is_one_that_a_device_takes(name: str) -> None:
-    """For the samples and for a batch of 64 of ViT-L: 1,024 threads, 65,535 blocks in y and z."""
+def test_a_launch_is_one_that_a_device_takes(name: str, case: str) -> None:
+    """1,024 threads, 48 KB, 2^31 - 1 blocks in x and 65,535 in y and z; scalars of 32 bits."""
     plugin = plugin_of(name)
-    sizes = {size for port in plugin.inputs for size in port.sizes}
-    for place, batch in enumerate((1, 3, 64)):
-        known: dict[str, Any] = {size: (7, 64, 577)[place] for size in sizes}
-        known |= {"B": batch, **{key: kind(1) for key, kind in plugin.attributes.items()}}
-        launch = plugin.launch(known)
-        assert 32 <= launch.block <= 1024
-        assert launch.block % 32 == 0
-        assert launch.shared <= 48 << 10
-        x, y, z = launch.grid
-        assert 1 <= x < 1 << 31
-        assert 1 <= y <= 65535
-        assert 1 <= z <= 65535
-        assert all(-(1 << 31) <= scalar < 1 << 31 for scalar in launch.scalars)
+    known: dict[str, Any] = {key: kind(1) for key, kind in plugin.attributes.items()}
+    launch = plugin.launch(LAUNCHES[case] | known)
+    assert 32 <= launch.block <= 1024
+    assert launch.block % 32 == 0
+    assert launch.shared <= 48 << 10
+    for blocks, most in zip(launch.grid, ((1 << 31) - 1, 65535, 65535), strict=True):
+        assert 1 <= blocks <= most
+    assert all(-(1 << 31) <= scalar < 1 << 31 for scalar in launch.scalars)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -152,7 +185,6 @@ def test_every_source_is_that_of_a_plugin_and_beside_its_kernel() -> None:
     stems = {path.stem for path in nvcc.SOURCES.glob("*.cu")}
     assert stems == {plugin.stem for plugin in plugins().values()}
     assert all((nvcc.SOURCES / f"{stem}.py").exists() for stem in stems)
-    assert all(dataclasses.is_dataclass(plugin) for plugin in plugins().values())
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -181,15 +181,25 @@ def test_an_engine_that_does_not_run_here(
     assert effopt.load(folder).note.startswith(ON_CPU + note)
 
 
-def test_engines_for_other_gpus_and_later_versions(machine: Machine, folder: Path) -> None:
+def test_engines_for_other_gpus(machine: Machine, folder: Path) -> None:
     machine.library()
     machine.card()
-    finish(folder, Wish(options={"hardware_compatible": True, "version_compatible": True}))
-    machine.library("11.4.0.106")
+    finish(folder, Wish(options={"hardware_compatible": True}))
     machine.card("sm_90")
     assert effopt.load(folder).note == ""
     machine.card("sm_75")
     assert "this GPU is sm_75" in effopt.load(folder).note
+
+
+def test_no_engine_is_said_to_load_in_another_version(machine: Machine, folder: Path) -> None:
+    """One built with --version-compatible was, and lacked the runtime that loads it there."""
+    machine.library()
+    machine.card()
+    with pytest.raises(UsageError, match="there is no option 'version_compatible'"):
+        finish(folder, Wish(options={"version_compatible": True}))
+    finish(folder, Wish(options={"hardware_compatible": True}))
+    machine.library("10.17.0")
+    assert f"was built by TensorRT {VERSION}, here is 10.17.0" in effopt.load(folder).note
 
 
 def test_exits_of_the_form_split_get_a_plan_each(machine: Machine, tmp_path: Path) -> None:
@@ -246,6 +256,37 @@ def test_sizes_and_options_that_cannot_be(machine: Machine, folder: Path) -> Non
     machine.card()
     with pytest.raises(UsageError, match="the length of this engine is fixed"):
         finish(folder, Wish({"length": (1, 2, 3)}))
+    for options, reason in (
+        ({"level": 6}, "option 'level' takes numbers from 0 to 5, not 6"),
+        ({"level": True}, "option 'level' takes numbers from 0 to 5, not True"),
+        ({"workspace": 1 << 43}, "option 'workspace' takes numbers from 0 to"),
+        ({"refit": "yes"}, "option 'refit' takes a bool, not 'yes'"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            finish(folder, Wish(options=options))
+
+
+def test_a_backend_that_builds_nothing_is_told(folder: Path) -> None:
+    with pytest.raises(UsageError, match="the backend 'onnx' builds no engines"):
+        finish(folder, Wish(), "onnx")
+
+
+def test_a_folder_chooses_no_file_that_is_written(
+    machine: Machine, folder: Path, tmp_path: Path
+) -> None:
+    """A recorded path of timings was written when another engine was built like this one."""
+    machine.library()
+    machine.card()
+    cache = tmp_path / "cache"
+    finish(folder, Wish(options={"timing_cache": str(cache), "level": 0}))
+    assert cache.read_bytes() == b"+"
+    assert read_folder(folder).facts[ENGINE]["options"] == {"level": 0}
+    manifest = read_folder(folder)
+    manifest.facts[ENGINE]["options"]["timing_cache"] = str(tmp_path / "victim")
+    (folder / MANIFEST).unlink()
+    seal(folder, manifest)
+    with pytest.raises(UnsafeFileError, match="option 'timing_cache' is none that is kept"):
+        effopt.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +299,8 @@ def test_sizes_and_options_that_cannot_be(machine: Machine, folder: Path) -> Non
         ({"plans": {}}, "its plans are not those of the ONNX files"),
         ({"options": {"shell": True}}, "there is no option 'shell'"),
         ({"options": {"refit": []}}, "an option holds a list"),
+        ({"options": {"level": 9}}, "option 'level' takes numbers from 0 to 5, not 9"),
+        ({"options": {"timing_cache": "/etc/motd"}}, "option 'timing_cache' is none that is kept"),
         ({"sizes": {"batch": [1]}}, "the record of the built engine is damaged"),
         ({"layers": None}, "the record of the built engine is damaged"),
     ],
@@ -295,6 +338,7 @@ def test_an_engine_takes_the_weights_of_another_folder(
     finish(newer, Wish(old=folder))
     assert (newer / "model.plan").read_bytes() == b"plan with new weights"
     record = effopt.load(newer).manifest["facts"][ENGINE]
+    assert record["plugins"] == 2, "they are those of the engine before"
     assert (record["sizes"], record["options"]) == ({"batch": [1, 2, 4]}, {"refit": True})
     assert isinstance(effopt.load(newer), Engine)
 

@@ -92,11 +92,11 @@ def test_parsing_alone_writes_nothing(trt: Fake, tmp_path: Path) -> None:
 def test_every_option_is_told(trt: Fake, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.write_bytes(b"timings")
-    wish: dict[str, Any] = dict.fromkeys(("version_compatible", "weight_streaming", "refit"), True)
+    wish: dict[str, Any] = dict.fromkeys(("weight_streaming", "refit"), True)
     wish |= {"hardware_compatible": True, "workspace": 3, "level": 0, "timing_cache": str(cache)}
     assert "refused" not in ask(tmp_path, options=wish)
     flags = {what[1] for what in trt.told if what[0] == "set"}
-    assert flags == {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "WEIGHT_STREAMING", "REFIT"}
+    assert flags == {"WEIGHT_STREAMING", "REFIT"}
     level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     for told in (
         ("hardware_compatibility_level", level),
@@ -153,12 +153,22 @@ def test_a_library_that_cannot_be_imported_is_a_reason(tmp_path: Path) -> None:
     assert refused["kind"] == "library"
 
 
+def test_a_library_that_fails_without_a_word_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line of no message was asked for: IndexError."""
+    (tmp_path / "silent_library.py").write_text("raise OSError")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused = serve({"module": "silent_library", "do": "build"})["refused"]
+    assert refused["reason"].endswith("cannot be imported: no reason given")
+
+
 # --- new weights ------------------------------------------------------------------------------
 
 
-def refit(folder: Path, old: bytes = b"old") -> dict[str, Any]:
+def refit(folder: Path, old: bytes = b"old", **more: Any) -> dict[str, Any]:
     (folder / "old.plan").write_bytes(old)
-    return ask(folder, profiles={}, old=folder / "old.plan")
+    return ask(folder, profiles={}, old=folder / "old.plan", **more)
 
 
 def test_a_plan_takes_the_weights_of_a_newer_file(trt: Fake, tmp_path: Path) -> None:
@@ -174,3 +184,19 @@ def test_a_plan_that_takes_no_new_weights(trt: Fake, tmp_path: Path) -> None:
     trt.errors = [("w", "Gemm", "another shape")]
     assert refit(tmp_path)["refused"]["node"] == "w (Gemm)"
     assert not (tmp_path / "model.plan").exists()
+
+
+def test_plugins_are_registered_while_a_plan_takes_new_weights(
+    registered: dict[str, str], tmp_path: Path
+) -> None:
+    """The parser of new weights knew no plugins."""
+    code = tmp_path / "gather_tokens.sm_80.ptx"
+    code.write_text("ptx")
+    plugins = {"GatherTokens": 2}
+    assert "refused" not in refit(tmp_path, plugins=plugins, ptx={"gather_tokens": code})
+    assert registered == {"GatherTokens": "ptx"}
+    refused = refit(tmp_path, plugins=plugins)["refused"]
+    assert refused["reason"] == (
+        "the plan holds plugins, and the folder has no PTX of gather_tokens"
+    )
+    assert refused["kind"] == "plan"

@@ -7,7 +7,7 @@ import enum
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-FLAGS = ("REFIT", "TF32", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "WEIGHT_STREAMING")
+FLAGS = ("REFIT", "TF32", "WEIGHT_STREAMING")
 
 
 class Fake(ModuleType):

@@ -8,16 +8,13 @@
 constexpr int CHUNK = 32, ROWS = 8, EACH = 4, LANES = 32, WIDE = 8;
 constexpr int FLOATS = 10240, TILE = 4096;  // of shared memory in all, and of keys at least
 
-template <class T> struct alignas(16) Pack { T at[16 / sizeof(T)]; };
-
 // Keys [count, D] into rows of `pitch`, 0 behind D; by 16 bytes where all rows begin at one.
 template <class T> DEVICE void load_keys(const T* k, int count, int D, int pitch, T* tile) {
   constexpr int many = 16 / sizeof(T);
-  if (D % WIDE == 0 && reinterpret_cast<size_t>(k) % 16 == 0) {
+  if (D % WIDE == 0 && whole(D, k)) {
     int packs = D / many;
     FOR_THREADS(i, count * packs) {
-      Pack<T> pack = reinterpret_cast<const Pack<T>*>(k)[i];
-      *reinterpret_cast<Pack<T>*>(tile + i / packs * pitch + i % packs * many) = pack;
+      store(tile + i / packs * pitch + i % packs * many, load(k + i * many));
     }
   } else {
     FOR_THREADS(i, count * pitch) {
@@ -35,7 +32,7 @@ DEVICE void products(const T* key, const float* q, int wide, int count, const fl
   constexpr int many = 16 / sizeof(T);
   float sums[COUNT] = {};
   for (int d = 0; d < wide; d += many) {
-    Pack<T> pack = *reinterpret_cast<const Pack<T>*>(key + d);
+    Pack<T> pack = load(key + d);
     for (int j = 0; j < COUNT; j++)
       for (int i = 0; i < many; i++) sums[j] += real(pack.at[i]) * q[j * wide + d + i];
   }
@@ -47,7 +44,7 @@ template <class T>
 DEVICE void attention_row(const T* q, const T* k, const float* bias, const float* weight, int H,
                           int R, int D, int G, int N, int Bb, int Hb, int Rb, int Nb,
                           int scale_bits, float* parts) {
-  int b = BLOCK_Z, h = BLOCK_Y, chunk = BLOCK_X;
+  int b = BLOCK_X, h = BLOCK_Y, chunk = BLOCK_Z;
   int wide = (D + WIDE - 1) / WIDE * WIDE, pitch = wide + 16 / int(sizeof(T));
   int ends = CHUNK * (chunk + 1) < R ? CHUNK * (chunk + 1) : R;
   float scale = from_bits(scale_bits);
@@ -59,17 +56,16 @@ DEVICE void attention_row(const T* q, const T* k, const float* bias, const float
 
   int held = (FLOATS - TILE - 2 * ROWS * LANES - ROWS) / (N + wide);  // at least 1, see `adapt`
   held = held >= ROWS ? ROWS : held >= EACH ? EACH : 1;
-  int padded = (held + EACH - 1) / EACH * EACH;
   SHARED(float, own);
   float *most = own, *sums = most + ROWS * LANES, *shares = sums + ROWS * LANES;
-  float *rows = shares + ROWS, *logits = rows + padded * wide;
-  int used = 2 * ROWS * LANES + ROWS + padded * wide + (held * N + 3) / 4 * 4;
+  float *rows = shares + ROWS, *logits = rows + held * wide;
+  int used = 2 * ROWS * LANES + ROWS + held * wide + (held * N + 3) / 4 * 4;
   T* tile = reinterpret_cast<T*>(own + used);
   int tiled = int((FLOATS - used) * sizeof(float) / sizeof(T)) / pitch;
 
   for (int first = CHUNK * chunk; first < ends; first += held) {
     int count = ends - first < held ? ends - first : held;
-    FOR_THREADS(i, padded * wide) {
+    FOR_THREADS(i, held * wide) {
       int r = i / wide, d = i % wide;
       rows[i] = r < count && d < D ? real(queries[(long long)(first + r) * D + d]) * scale : 0.0f;
     }

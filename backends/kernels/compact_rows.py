@@ -93,7 +93,7 @@ PLUGIN = Plugin(
         Port("count", "int64", ("1",)),
     ),
     scalars=("B", "R"),
-    grid=("cdiv(R, 4096)", "B", "1"),
+    grid=("B * cdiv(R, 4096)", "1", "1"),
     body=body,
     adapt=adapt,
 )

@@ -2,7 +2,7 @@
 //
 // A kernel is written in phases: every loop over threads (FOR_THREADS) ends ahead of a BARRIER, and
 // what one phase hands to the next lies in shared or global memory. A value that threads add up
-// goes through block_sum and its kind. On the host a block is one thread that runs each loop whole.
+// goes through block_sum. On the host a block is one thread that runs each loop whole.
 #pragma once
 
 #ifdef __CUDACC__
@@ -31,21 +31,16 @@ template <> __device__ __forceinline__ half_t rounded<half_t>(float x) { return 
 template <> __device__ __forceinline__ bfloat_t rounded<bfloat_t>(float x) { return __float2bfloat16_rn(x); }
 DEVICE float from_bits(int bits) { return __int_as_float(bits); }
 
-struct Add { DEVICE float of(float a, float b) { return a + b; } };
-struct Max { DEVICE float of(float a, float b) { return fmaxf(a, b); } };
-
-// Every thread of the block must call; every thread gets the result. `none` changes nothing.
-template <class Op> DEVICE float block_reduce(float value, float none) {
+// Every thread of the block must call, and gets the sum.
+DEVICE float block_sum(float value) {
   __shared__ float warps[32];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = (blockDim.x + 31) >> 5;
-  for (int step = 16; step; step >>= 1)
-    value = Op::of(value, __shfl_xor_sync(0xffffffffu, value, step));
-  __syncthreads();  // the reduction ahead may still be read
+  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+  __syncthreads();  // the sum ahead may still be read
   if (lane == 0) warps[warp] = value;
   __syncthreads();
-  value = lane < count ? warps[lane] : none;
-  for (int step = 16; step; step >>= 1)
-    value = Op::of(value, __shfl_xor_sync(0xffffffffu, value, step));
+  value = lane < count ? warps[lane] : 0.0f;
+  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;
 }
 
@@ -57,7 +52,11 @@ template <class Op> DEVICE float block_reduce(float value, float none) {
 
 #define DEVICE static inline
 #define KERNEL
+#ifdef EFFOPT_REVERSED  // the last thread first: what one thread takes from another shows
+#define FOR_THREADS(i, n) for (int i = (n) - 1; i >= 0; i--)
+#else
 #define FOR_THREADS(i, n) for (int i = 0; i < (n); i++)
+#endif
 #define BARRIER
 #define BLOCK_X effopt_place[0]
 #define BLOCK_Y effopt_place[1]
@@ -96,16 +95,57 @@ DEVICE float from_bits(int bits) {
   return value;
 }
 
-struct Add {};
-struct Max {};
-template <class Op> DEVICE float block_reduce(float value, float) { return value; }
+DEVICE float block_sum(float value) { return value; }
 using std::fmaxf;
 using std::fminf;
 
 #endif
 
-DEVICE float block_sum(float value) { return block_reduce<Add>(value, 0.0f); }
-DEVICE float block_max(float value) { return block_reduce<Max>(value, -3.402823466e38f); }
+// V neighbours that are read and written at once, 16 bytes unless told.
+template <class T, int V = 16 / sizeof(T)>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack { T at[V]; };
+
+template <class T, int V = 16 / sizeof(T)> DEVICE Pack<T, V> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <class T, int V> DEVICE void store(T* to, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+// Whether all rows of `width` values can be read and written by 16 bytes.
+template <class T, class... More>
+DEVICE bool whole(int width, const T* one, const More*... more) {
+  size_t bits = (reinterpret_cast<size_t>(one) | ... | reinterpret_cast<size_t>(more));
+  return width % int(16 / sizeof(T)) == 0 && bits % 16 == 0;
+}
+
+// Copies the slice of a block of THREADS, one of `slices` of rows [rows, width]: row i comes from
+// from(i), which can be read for every row, and is left alone where wanted(i) is false.
+template <int THREADS, int V, class T, class From, class Wanted>
+DEVICE void copy_packs(
+    int rows, int width, int slice, int slices, T* to, From from, Wanted wanted) {
+  constexpr int EACH = 4;  // loads that a thread has under way
+  unsigned packs = width / V, total = rows * packs, step = slices * THREADS;
+  FOR_THREADS(lane, THREADS) {
+    for (unsigned start = slice * THREADS + lane; start < total; start += EACH * step) {
+      Pack<T, V> held[EACH];
+      for (int e = 0; e < EACH; e++) {
+        unsigned at = start + e * step < total ? start + e * step : total - 1;
+        held[e] = load<T, V>(from(int(at / packs)) + at % packs * V);
+      }
+      for (int e = 0; e < EACH; e++) {
+        unsigned at = start + e * step;
+        if (at < total && wanted(int(at / packs))) store(to + (long long)at * V, held[e]);
+      }
+    }
+  }
+}
+
+template <int THREADS, int V, class T, class From>
+DEVICE void copy_packs(int rows, int width, int slice, int slices, T* to, From from) {
+  copy_packs<THREADS, V>(rows, width, slice, slices, to, from, [](int) { return true; });
+}
 
 // The three entries of a kernel: PARAMETERS(T) declares its arguments, ARGUMENTS names them.
 #define ENTRIES(NAME, PARAMETERS, ...)                                                   \

@@ -5,11 +5,12 @@ constexpr int THREADS = 256, EACH = 4;
 
 template <class T>
 DEVICE void gather_tokens(const T* x, const long long* index, int O, int N, int I, int K, T* y) {
-  long long outer = (long long)BLOCK_Z * O + BLOCK_Y;
+  int slices = (K * I - 1) / (THREADS * EACH) + 1, b = BLOCK_X / slices;
+  long long outer = (long long)b * O + BLOCK_Y;
   const T* source = x + outer * N * I;
-  const long long* places = index + (long long)BLOCK_Z * K;
+  const long long* places = index + (long long)b * K;
   T* target = y + outer * K * I;
-  int first = BLOCK_X * THREADS * EACH;
+  int first = BLOCK_X % slices * THREADS * EACH;
   FOR_THREADS(lane, THREADS) {
     for (int step = 0; step < EACH; step++) {
       int at = first + step * THREADS + lane;

@@ -94,7 +94,7 @@ PLUGIN = Plugin(
     inputs=(Port("x", "T", ("B", "O", "N", "I")), Port("index", "int64", ("B", "K"))),
     outputs=(Port("y", "T", ("B", "O", "K", "I")),),
     scalars=("O", "N", "I", "K"),
-    grid=("cdiv(K * I, 1024)", "O", "B"),
+    grid=("B * cdiv(K * I, 1024)", "O", "1"),
     body=body,
     adapt=adapt,
 )

@@ -9,20 +9,9 @@ constexpr int PARTS = 4096;                                      // partial resu
 constexpr int WORK = PARTS * (sizeof(float) + sizeof(place_t));  // bytes, as in the plugin
 constexpr int SHARES = 8;                                        // threads for one norm
 constexpr int SIDE = 4;  // a thread compares SIDE even tokens with SIDE odd ones at a time
-constexpr int EACH = 4;  // loads that a thread has under way
 constexpr int NONE = -1;
 constexpr float PAD = -2.0f, ONTO_PAD = -3.0f, PROTECTED = -4.0f, LOWEST = -3e38f;
 constexpr float TINY = 1e-12f, LEAST = 1e-6f;
-
-template <class T, int V> struct alignas(V * sizeof(T)) Pack { T at[V]; };
-
-template <class T, int V> DEVICE Pack<T, V> load(const T* from) {
-  return *reinterpret_cast<const Pack<T, V>*>(from);
-}
-
-template <class T, int V> DEVICE void store(T* to, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
-}
 
 // Tokens of one sample, and which of them take no part.
 struct Tokens {
@@ -212,27 +201,7 @@ DEVICE void write_choice(
 
 // --- what they become ---------------------------------------------------------------------------
 
-// Copy rows that nothing merges into, a slice of all.
-template <class T, int V>
-DEVICE void copy_rows(const T* x, int C, int K, int slice, int slices, Choice from, T* y) {
-  int packs = C / V, total = K * packs, step = slices * THREADS;
-  FOR_THREADS(lane, THREADS) {
-    for (int start = slice * THREADS + lane; start < total; start += EACH * step) {
-      Pack<T, V> held[EACH];
-      for (int e = 0; e < EACH; e++) {
-        int at = start + e * step < total ? start + e * step : total - 1;
-        held[e] = load<T, V>(x + (long long)from.kept[at / packs] * C + at % packs * V);
-      }
-      for (int e = 0; e < EACH; e++) {
-        int at = start + e * step;
-        if (at < total && from.head[from.kept[at / packs]] == NONE)
-          store<T, V>(y + (long long)at * V, held[e]);
-      }
-    }
-  }
-}
-
-// Average the other rows with the sources that merge into them.
+// Average the rows with the sources that merge into them.
 template <class T, int V>
 DEVICE void average_rows(
     const T* x, const float* size, int C, int r, int slice, int slices, Choice from, T* y) {
@@ -252,14 +221,9 @@ DEVICE void average_rows(
       }
       Pack<T, V> mean;
       for (int v = 0; v < V; v++) mean.at[v] = rounded<T>(sums[v] / total);
-      store<T, V>(y + (long long)from.spot[rank] * C + column, mean);
+      store(y + (long long)from.spot[rank] * C + column, mean);
     }
   }
-}
-
-template <class T> DEVICE bool whole(const T* one, const T* other, int channels, int pack) {
-  unsigned long long bits = (unsigned long long)one | (unsigned long long)other;
-  return channels % pack == 0 && bits % 16 == 0;
 }
 
 template <class T>
@@ -282,7 +246,7 @@ DEVICE void match_merge(
   int lanes = lanes_for(N);
 
   find_norms(metric, N, D, parts, inverse);
-  if (whole(metric, metric, D, V))
+  if (whole(D, metric))
     compare<T, V>(metric, size, inverse, D, of, lanes, parts, partners);
   else
     compare<T, 1>(metric, size, inverse, D, of, lanes, parts, partners);
@@ -302,11 +266,13 @@ DEVICE void match_merge(
     write_choice(
         size, K, r, choice, size_out + sample * K, kept + sample * K, source + sample * r,
         target + sample * r);
-  if (whole(x, y, C, V)) {
-    copy_rows<T, V>(x, C, K, slice, slices, choice, y);
+  auto own = [=](int row) { return x + (long long)choice.kept[row] * C; };
+  auto alone = [=](int row) { return choice.head[choice.kept[row]] == NONE; };
+  if (whole(C, x, y)) {
+    copy_packs<THREADS, V>(K, C, slice, slices, y, own, alone);
     average_rows<T, V>(x, size, C, r, slice, slices, choice, y);
   } else {
-    copy_rows<T, 1>(x, C, K, slice, slices, choice, y);
+    copy_packs<THREADS, 1>(K, C, slice, slices, y, own, alone);
     average_rows<T, 1>(x, size, C, r, slice, slices, choice, y);
   }
 }

@@ -8,7 +8,7 @@ constexpr int LANES = 32, SLICES = 8;
 
 template <class T>
 DEVICE void pool_tokens(const T* x, const float* size, int N, int C, T* y) {
-  int b = BLOCK_Y, first = BLOCK_X * LANES;
+  int groups = (C + LANES - 1) / LANES, b = BLOCK_X / groups, first = BLOCK_X % groups * LANES;
   x += (long long)b * N * C;
   size += (long long)b * N;
   SHARED(float, sums);

@@ -5,29 +5,7 @@
 using place_t = unsigned short;
 
 constexpr int THREADS = 256;  // as in the plugin
-constexpr int EACH = 4;       // loads that a thread has under way
 constexpr float HIGH = 3e38f;
-
-template <class T, int V> struct alignas(V * sizeof(T)) Pack { T at[V]; };
-
-template <class T, int V>
-DEVICE void take_rows(
-    const T* x, const place_t* kept, int C, int keep, int slice, int slices, T* y) {
-  int packs = C / V, total = keep * packs, step = slices * THREADS;
-  FOR_THREADS(lane, THREADS) {
-    for (int start = slice * THREADS + lane; start < total; start += EACH * step) {
-      Pack<T, V> held[EACH];
-      for (int e = 0; e < EACH; e++) {
-        int at = start + e * step < total ? start + e * step : total - 1;
-        const T* from = x + (long long)kept[at / packs] * C + at % packs * V;
-        held[e] = *reinterpret_cast<const Pack<T, V>*>(from);
-      }
-      for (int e = 0; e < EACH; e++)
-        if (start + e * step < total)
-          *reinterpret_cast<Pack<T, V>*>(y + (long long)(start + e * step) * V) = held[e];
-    }
-  }
-}
 
 // Scores as they rank: protected tokens high, and what is no number above all.
 DEVICE void read_scores(const float* score, int N, int prefix, int suffix, float* held) {
@@ -78,11 +56,11 @@ DEVICE void prune_tokens(
   if (slice == 0) {
     FOR_THREADS(row, keep) kept_out[row] = kept[row], along_out[row] = along[kept[row]];
   }
-  unsigned long long bits = (unsigned long long)x | (unsigned long long)y;
-  if (C % V == 0 && bits % 16 == 0)
-    take_rows<T, V>(x, kept, C, keep, slice, slices, y);
+  auto taken = [=](int row) { return x + (long long)kept[row] * C; };
+  if (whole(C, x, y))
+    copy_packs<THREADS, V>(keep, C, slice, slices, y, taken);
   else
-    take_rows<T, 1>(x, kept, C, keep, slice, slices, y);
+    copy_packs<THREADS, 1>(keep, C, slice, slices, y, taken);
 }
 
 #define PARAMETERS(T)                                                                          \

@@ -16,9 +16,6 @@ constexpr int CHUNK = 32, LANES = 8, GROUPS = 4;  // codes of a load; loads and 
 constexpr int SHARES = THREADS / GROUPS, OUTPUTS = EACH * GROUPS;  // threads of a column; columns
 constexpr int PITCH = SHARES + 1;  // no two columns begin in one bank
 
-struct alignas(16) Codes { unsigned at[4]; };
-template <class T> struct alignas(16) Eight { T at[8]; };
-
 // The eight codes of a word: nibbles made 0..15 become the last bits of 2^23 + nibble.
 DEVICE void unpack(unsigned word, float* codes) {
   word ^= 0x80000000u;
@@ -31,11 +28,11 @@ template <int ROWS, class T>
 DEVICE void multiply(const T* x, const int* codes, const float* scale, int count, int N, int K,
                      int G, int column, int lane, float (&sums)[ROWS][EACH]) {
   for (int chunk = lane; chunk < K / CHUNK; chunk += SHARES) {
-    Codes held[EACH];
+    Pack<int> held[EACH];
     float scales[EACH], parts[ROWS][EACH] = {};
     for (int j = 0; j < EACH; j++) {
       long long n = column + j * GROUPS < N ? column + j * GROUPS : N - 1;
-      held[j] = reinterpret_cast<const Codes*>(codes + n * (K / 8))[chunk];
+      held[j] = load(codes + n * (K / 8) + chunk * (CHUNK / 8));
       scales[j] = scale[n * G + chunk / (K / CHUNK / G)];
     }
     UNROLL
@@ -44,7 +41,7 @@ DEVICE void multiply(const T* x, const int* codes, const float* scale, int count
       for (int j = 0; j < EACH; j++) unpack(held[j].at[word], weights[j]);
       for (int m = 0; m < ROWS; m++) {
         long long at = (long long)(m < count ? m : count - 1) * K + chunk * CHUNK + word * 8;
-        Eight<T> values = *reinterpret_cast<const Eight<T>*>(x + at);
+        Pack<T, 8> values = load<T, 8>(x + at);
         for (int i = 0; i < 8; i++)
           for (int j = 0; j < EACH; j++) parts[m][j] += real(values.at[i]) * weights[j][i];
       }
@@ -58,7 +55,7 @@ template <int ROWS, class T>
 DEVICE void tile(const T* x, const int* codes, const float* scale, const T* bias, int count, int N,
                  int K, int G, T* y) {
   SHARED(float, shares);
-  int first = BLOCK_X * OUTPUTS;
+  int first = BLOCK_Y * OUTPUTS;
   FOR_THREADS(i, THREADS) {
     int group = i / LANES % GROUPS, lane = i % LANES + i / (LANES * GROUPS) * LANES;
     float sums[ROWS][EACH] = {};
@@ -79,7 +76,7 @@ DEVICE void tile(const T* x, const int* codes, const float* scale, const T* bias
 template <class T>
 DEVICE void quantized_linear(const T* x, const int* codes, const float* scale, const T* bias, int M,
                              int N, int K, int G, T* y) {
-  int start = BLOCK_Y * TILE, count = M - start < TILE ? M - start : TILE;
+  int start = BLOCK_X * TILE, count = M - start < TILE ? M - start : TILE;
   x += (long long)start * K;
   y += (long long)start * N;
   if (count == 1)

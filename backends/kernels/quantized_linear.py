@@ -273,7 +273,7 @@ PLUGIN = Plugin(
     ),
     outputs=(Port("y", "T", ("M", "N")),),
     scalars=("M", "N", "K", "G"),
-    grid=("cdiv(N, 8)", "cdiv(M, 8)", "1"),
+    grid=("cdiv(M, 8)", "cdiv(N, 8)", "1"),
     block=128,
     shared="8448",
     body=body,

@@ -3,6 +3,7 @@
 import argparse
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,15 @@ EXAMPLES = """\
 """
 
 _SWITCHES = {
-    "version_compatible": "let later versions of the library load the engine",
     "hardware_compatible": "let it run on every GPU from sm_80 on, more slowly",
     "weight_streaming": "let weights stay in the memory of the host while it runs",
     "refit": "let later weights be put into the engine without a build",
 }
 _NUMBERS = {
-    "workspace": ("MIB", "memory that one layer may use while it runs (default: all)"),
-    "level": ("0-5", "how long to search for fast kernels (default: the library's own)"),
+    "workspace": ("MIB", None, "memory that one layer may use while it runs (default: all)"),
+    "level": ("0-5", 5, "how long to search for fast kernels (default: the library's own)"),
 }
+"""By name: what to write for it, the largest or None, and what it is."""
 RTX = "trt-rtx"
 
 
@@ -45,8 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         )
     for name, text in _SWITCHES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
-    for name, (metavar, text) in _NUMBERS.items():
-        parser.add_argument(f"--{name}", metavar=metavar, type=_number, help=text)
+    for name, (metavar, most, text) in _NUMBERS.items():
+        kind = partial(_number, most=most)
+        parser.add_argument(f"--{name}", metavar=metavar, type=kind, help=text)
     parser.add_argument(
         "--timing-cache", metavar="FILE", help="timings of kernels, read and extended"
     )
@@ -74,9 +76,10 @@ def _sizes(text: str) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def _number(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+def _number(text: str, most: int | None) -> int:
+    if not text.isdecimal() or (most is not None and int(text) > most):
+        limits = "on" if most is None else f"to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 {limits}")
     return int(text)
 
 
