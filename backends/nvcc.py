@@ -67,6 +67,10 @@ class Ptx:
         made = {n: Entry(n, tuple(re.findall(r"\.param \.(\w+)", body))) for n, body in found}
         return MappingProxyType(made)
 
+    def is_for(self, arch: str) -> bool:
+        """Tell whether it says that it is for an architecture, as an empty file does not."""
+        return re.search(rf"^\.target {arch}\b", self.text, re.MULTILINE) is not None
+
     def _word(self, name: str) -> str:
         found = re.search(rf"^\.{name} ([\w.]+)", self.text, re.MULTILINE)
         if found is None:
@@ -141,8 +145,8 @@ def compile_ptx(stem: str, arch: str) -> Ptx:
     asked = " ".join((*_OPTIONS, arch, release(nvcc))).encode()
     key = hashlib.sha256(b"\0".join([source, header, asked]))
     kept = _cache() / f"{stem}.{arch}.{key.hexdigest()[:16]}.ptx"
-    if kept.exists():
-        return Ptx(kept.read_text())
+    if kept.exists() and (found := Ptx(kept.read_text())).is_for(arch):
+        return found
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         made = Path(scratch) / "out.ptx"

@@ -67,8 +67,7 @@ class Trt:
         Raises PreconditionError that names the node which is refused.
         """
         made = Onnx().build(program, target, folder)
-        for file in models(made):
-            parse(folder / file)
+        unparsed = next(filter(None, [parse(folder / file) for file in models(made)]), "")
         from effopt.backends.narrow import narrowest
         from effopt.backends.trt_kernels import write_kernels
         from effopt.exits import with_thresholds
@@ -79,7 +78,7 @@ class Trt:
         files = (*made.files, *ptx)
         if missing(self.name) or device().arch != target.arch:
             engine_too = f"engine: to be built on {target.arch} with effopt build"
-            pending = "; ".join(filter(None, (engine_too, lacking)))
+            pending = "; ".join(filter(None, (engine_too, lacking, unparsed)))
             unchecked = _no_stand_in(facts)
             return replace(made, files=files, facts=facts, pending=pending, unchecked=unchecked)
         signature = with_thresholds(program).with_ports(made.ports)

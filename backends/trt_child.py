@@ -8,8 +8,11 @@ off, since types are those of the ONNX file: float32 means float32. Run here wit
 without a GPU: all of `_build`. Only read, from the 10.16 and 11.4 bindings: `_refit`.
 """
 
+import ctypes
 import importlib
 import json
+import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from effopt.backends.trt_options import OPTIONS, has, keep_timing_cache, refusal
 
 Record = dict[str, Any]
 
+_PR_SET_PDEATHSIG = 1
 _MOST = 20
 """Messages that a result holds at most."""
 
@@ -202,7 +206,8 @@ def _offered(trt: Any) -> Iterator[int]:
 def _blame(errors: list[str], layers: list[str]) -> tuple[str, str, str]:
     """Return what the builder said last, what to do, and the longest name of a layer in it."""
     text = errors[-1] if errors else "the builder made no plan, and says no more"
-    named = [name for line in errors[-1:] for name in layers if name and name in line]
+    words = set(re.findall(r"[\w/.-]+", text))  # "r" is in many words, and names one layer
+    named = [name for name in layers if name in words]
     remedy = "build on the machine that has the GPU" if "CUDA_SUCCESS" in text else ""
     return " ".join(text.split()), remedy, max(named, key=len, default="")
 
@@ -237,5 +242,7 @@ def _refit(trt: Any, logger: Any, request: Record, said: Messages) -> Record:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":  # end with the parent, however that ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     asked, answer = map(Path, sys.argv[1:3])
     answer.write_text(json.dumps(serve(json.loads(asked.read_text()))))

@@ -58,11 +58,19 @@ class Model:
         return read_engine(self.facts[ENGINE], self.folder, [file for file, _ in self.parts])
 
 
-def parse(path: Path) -> None:
-    """Parse a file where a library is here that needs no GPU for it; raise where it refuses."""
+def parse(path: Path) -> str:
+    """Parse a file where a library is here that needs no GPU for it; raise where it refuses.
+
+    Returns why it was not parsed where that library is here and does not load, else "".
+    """
     module = installed(CHECKER)
-    if module is not None:
-        ask(Request(module, path), PARSING).require(path.name)
+    if module is None:
+        return ""
+    found = ask(Request(module, path), PARSING)
+    if found.kind == "library":  # it only checks: without it the file is as good
+        return f"not parsed: {found.reason}"
+    found.require(path.name)
+    return ""
 
 
 def build(kind: str, model: Model, wish: Wish, tell: Tell) -> Engine:
@@ -113,8 +121,6 @@ def nearest(arch: str) -> str:
 
 def _plugins(model: Model, path: Path, arch: str) -> tuple[dict[str, int], dict[str, Path]]:
     """Return the plugin nodes of a file, and the PTX of their kernels for an architecture."""
-    if not model.facts.get("plugins"):
-        return {}, {}
     from effopt.backends.onnx_plugins import plugin_nodes  # they need torch, running a plan none
     from effopt.backends.trt_kernels import ptx_files
 

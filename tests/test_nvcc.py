@@ -149,3 +149,11 @@ def test_a_refused_source_is_told_in_its_words(install: Install) -> None:
         VerificationError, match=r"nvcc refuses gather_tokens\.cu for sm_80: error: n"
     ):
         compile_ptx(STEM, "sm_80")
+
+
+def test_a_cache_that_was_emptied_is_filled_again(install: Install, tmp_path: Path) -> None:
+    install("path", "13.0", "9.0")
+    made = compile_ptx("gather_tokens", "sm_80")
+    (kept,) = (tmp_path / "cache" / "effopt" / "ptx").glob("*.ptx")
+    kept.write_text("")
+    assert compile_ptx("gather_tokens", "sm_80").text == made.text

@@ -40,6 +40,14 @@ def test_bfloat16_on_a_cpu_is_refused_before_the_passes() -> None:
     assert caught.value.remedy == "convert the model with .float()"
 
 
+def test_a_bfloat16_model_is_refused_for_a_gpu_before_the_passes() -> None:
+    """It failed at its end, as numpy has no such type; the scheme bf16 takes a float32 model."""
+    with pytest.raises(PreconditionError) as caught:
+        effopt.optimize(Tiny().bfloat16(), X.bfloat16(), target="a100", recipe="exact")
+    assert "is bfloat16, and arrays of the engine have no such type" in caught.value.reason
+    assert "quantize{scheme=bf16}" in caught.value.remedy
+
+
 def test_a_missing_runtime_is_told_early_for_the_cpu_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

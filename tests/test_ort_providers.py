@@ -313,6 +313,4 @@ def test_a_session_that_is_tried_is_left_no_fallback_of_its_own(
     monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
     session._open(file, False, providers=(CUDA, CPU))
     settings = [{"use_tf32": "0"}, {}]
-    assert asked == [
-        {"providers": [CUDA, CPU], "enable_fallback": 0, "provider_options": settings}
-    ]
+    assert asked == [{"providers": [CUDA, CPU], "enable_fallback": 0, "provider_options": settings}]

@@ -98,14 +98,12 @@ ENTRIES(pool_tokens, PARAMETERS, x, size, N, C, y)
 
 
 def test_a_thread_that_reads_what_another_of_its_phase_writes_shows(tmp_path: Path) -> None:
-    (tmp_path / "neighbours.cu").write_text(NEIGHBOURS)
-    given = (plugin_of("PoolTokens"), (torch.ones(1, 2, 4), torch.ones(1, 2)), {})
-    runs = [
-        on_host(*given, source=tmp_path / "neighbours.cu", backwards=way)[0]
-        for way in (False, True)
-    ]
-    assert runs[0].tolist() == [[0, 1, 2, 3]]
-    assert not torch.equal(*runs)
+    source = tmp_path / "neighbours.cu"
+    source.write_text(NEIGHBOURS)
+    plugin, given = plugin_of("PoolTokens"), (torch.ones(1, 2, 4), torch.ones(1, 2))
+    ahead, back = (on_host(plugin, given, {}, source, way)[0] for way in (False, True))
+    assert ahead.tolist() == [[0, 1, 2, 3]]
+    assert not torch.equal(ahead, back)
 
 
 @pytest.mark.parametrize("opset", [21, 23])

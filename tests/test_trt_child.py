@@ -138,6 +138,8 @@ def test_the_last_error_of_the_builder_names_the_longest_layer(trt: Fake, tmp_pa
     trt.plan, trt.reason = None, "first/second: K exceeds"
     refused = ask(tmp_path)["refused"]
     assert (refused["node"], refused["reason"]) == ("first/second", "first/second: K exceeds")
+    trt.layers, trt.reason = ["r"], "buildSerializedNetwork: error in the wrapper"
+    assert ask(tmp_path)["refused"]["node"] == "", "a letter of the message is no layer"
     trt.reason = ""
     assert ask(tmp_path)["refused"]["node"] == ""
 
