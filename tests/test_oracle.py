@@ -107,7 +107,7 @@ SABOTAGE: dict[str, tuple[Spec, str, Callable[[Graph], None], str]] = {
 """A model, a pass, what is done to the reduced graph, and the check that must see it."""
 
 
-@pytest.mark.parametrize("name", SABOTAGE)
+@pytest.mark.parametrize("name", thin(SABOTAGE))
 def test_right_programs_pass(name: str) -> None:
     spec, passes, _, _ = SABOTAGE[name]
     assert judge(spec, (passes,)).right == ["normal form", passes]

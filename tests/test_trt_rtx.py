@@ -32,6 +32,7 @@ from effopt.pipeline import Pipeline
 from effopt.program import Program
 from effopt.recipe import steps_of
 from effopt.target import target
+from tests.thin import thin
 
 pytestmark = pytest.mark.skipif(
     installed("trt-rtx") is None,
@@ -147,7 +148,7 @@ def test_every_recipe_builds_for_ampere_and_ada(name: str, recipe: str, tmp_path
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
-@pytest.mark.parametrize("recipe", TOKENS)
+@pytest.mark.parametrize("recipe", thin(("tome", "balanced", "evit", "fast")))
 def test_files_with_plugins_build_by_their_functions(
     name: str, recipe: str, tmp_path: Path
 ) -> None:
@@ -160,7 +161,7 @@ def test_files_with_plugins_build_by_their_functions(
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in TOKENS])
+@pytest.mark.parametrize("recipe", thin([r for r in RECIPES if r not in TOKENS], 3))
 def test_a_file_without_tokens_to_move_has_no_plugins_for_it(
     name: str, recipe: str, tmp_path: Path
 ) -> None:
