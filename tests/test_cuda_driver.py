@@ -16,19 +16,9 @@ from effopt.backends.cuda_driver import Buffer, Device, Event, Pinned, Stream, a
 from effopt.backends.cuda_launch import Module, Pointer, launch
 from effopt.errors import EffoptError, MissingError, UsageError, VerificationError
 from tests import fake_cuda
-from tests.fake_cuda import PTX, Fake, compile_fake, copied, needs_gcc
+from tests.fake_cuda import PTX, Fake, needs_gcc
 
 pytestmark = needs_gcc
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_fake(tmp_path_factory.mktemp("fake"))
-
-
-@pytest.fixture
-def fake(library: Path, tmp_path: Path) -> Fake:
-    return copied(library, tmp_path)
 
 
 @pytest.fixture
@@ -45,8 +35,8 @@ def test_every_function_is_called_with_as_many_arguments_as_it_has() -> None:
 
 
 @pytest.mark.skipif(fake_cuda.header() is None, reason="there is no cuda.h to check against")
-def test_the_stand_in_has_the_functions_of_the_real_header(library: Path) -> None:
-    assert library.exists(), "it was compiled with -DWITH_CUDA_H"
+def test_the_stand_in_has_the_functions_of_the_real_header(cuda_library: Path) -> None:
+    assert cuda_library.exists(), "it was compiled with -DWITH_CUDA_H"
 
 
 # --- the device ---------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The worked examples of the reference page on token reduction, against the kernels."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,36 +32,47 @@ def near(got: Tensor, want: list[object]) -> None:
     torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_merging_two_of_six_then_one_of_four(form: str) -> None:
-    y, size, groups = merged(form, KEYS, X, torch.ones(6), 2)
+Merge = Callable[..., tuple[Tensor, Tensor, list[set[int]]]]
+"""What merges a sample as `merged` does: of keys, values, sizes, r and a prefix."""
+
+
+def two_of_six_then_one_of_four(merge: Merge) -> None:
+    y, size, groups = merge(KEYS, X, torch.ones(6), 2)
     near(y, [[1.0, 1], [3, 1], [4, 7], [-3, 5]])
     near(size, [1.0, 2, 2, 1])
     assert groups == [{4}, {0, 1}, {2, 3}, {5}]
 
     keys = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, -1]])
-    z, size, groups = merged(form, keys, y, size, 1)
+    z, size, groups = merge(keys, y, size, 1)
     near(z, [[4.0, 7], [7 / 3, 1], [-3, 5]])
     near(size, [2.0, 3, 1])
     assert groups == [{2}, {0, 1}, {3}]
     near((z * size[:, None]).sum(0) / size.sum(), [2.0, 11 / 3])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_merging_beside_a_class_token(form: str) -> None:
-    y, size, groups = merged(form, KEYS, X, torch.ones(6), 2, prefix=1)
+def beside_a_class_token(merge: Merge) -> None:
+    y, size, groups = merge(KEYS, X, torch.ones(6), 2, prefix=1)
     near(y, [[2.0, 0], [4, 2], [4, 7], [-1, 3]])
     near(size, [1.0, 1, 2, 2])
     assert groups == [{0}, {1}, {2, 3}, {4, 5}]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_two_sources_of_one_target(form: str) -> None:
+def two_sources_of_one_target(merge: Merge) -> None:
     keys = torch.tensor([[1.0, 0], [1, 0], [4, 3], [0, 1], [-1, 0], [0, -1]])
-    y, size, groups = merged(form, keys, X, torch.ones(6), 2)
+    y, size, groups = merge(keys, X, torch.ones(6), 2)
     near(y, [[1.0, 1], [2, 8 / 3], [8, 8], [-3, 5]])
     near(size, [1.0, 3, 1, 1])
     assert groups == [{4}, {0, 1, 2}, {3}, {5}]
+
+
+EXAMPLES = (two_of_six_then_one_of_four, beside_a_class_token, two_sources_of_one_target)
+"""Worked examples of merging, for every form that it has."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_merging(example: Callable[[Merge], None], form: str) -> None:
+    example(partial(merged, form))
 
 
 def test_equal_keys_merge_at_the_lowest_places() -> None:

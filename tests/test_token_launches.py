@@ -1,6 +1,7 @@
 """match_merge and prune_tokens in every form: the worked examples, ties, padding, large inputs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from effopt.backends.kernels import match_merge, prune_tokens
 from effopt.kernel import Kernel, kernel
 from effopt.plugin import Execute, Plugin, running
 from tests.plugin_runs import in_onnxruntime, in_reference, on_host
-from tests.test_kernel_golden import KEYS, X, near
+from tests.test_kernel_golden import EXAMPLES, KEYS, Merge, X, near
 
 few = settings(max_examples=20, deadline=None)
 
@@ -55,33 +56,9 @@ def merged(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merging_two_of_six_then_one_of_four(form: str) -> None:
-    y, size, groups = merged(form, KEYS, X, torch.ones(6), 2)
-    near(y, [[1.0, 1], [3, 1], [4, 7], [-3, 5]])
-    near(size, [1.0, 2, 2, 1])
-    assert groups == [{4}, {0, 1}, {2, 3}, {5}]
-    keys = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, -1]])
-    z, size, groups = merged(form, keys, y, size, 1)
-    near(z, [[4.0, 7], [7 / 3, 1], [-3, 5]])
-    near(size, [2.0, 3, 1])
-    assert groups == [{2}, {0, 1}, {3}]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_merging_beside_a_class_token(form: str) -> None:
-    y, size, groups = merged(form, KEYS, X, torch.ones(6), 2, prefix=1)
-    near(y, [[2.0, 0], [4, 2], [4, 7], [-1, 3]])
-    near(size, [1.0, 1, 2, 2])
-    assert groups == [{0}, {1}, {2, 3}, {4, 5}]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_two_sources_of_one_target(form: str) -> None:
-    keys = torch.tensor([[1.0, 0], [1, 0], [4, 3], [0, 1], [-1, 0], [0, -1]])
-    y, size, groups = merged(form, keys, X, torch.ones(6), 2)
-    near(y, [[1.0, 1], [2, 8 / 3], [8, 8], [-3, 5]])
-    near(size, [1.0, 3, 1, 1])
-    assert groups == [{4}, {0, 1, 2}, {3}, {5}]
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_merging_in_one_launch(example: Callable[[Merge], None], form: str) -> None:
+    example(partial(merged, form))
 
 
 @pytest.mark.parametrize("form", EXACT)

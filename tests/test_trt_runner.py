@@ -27,7 +27,7 @@ from effopt.errors import (
 )
 from effopt.signature import Signature, TensorSpec
 from tests import fake_cuda, fake_trt
-from tests.fake_cuda import Fake, compile_fake, copied, needs_gcc
+from tests.fake_cuda import Fake, needs_gcc
 
 pytestmark = needs_gcc
 
@@ -36,16 +36,6 @@ IDS = TensorSpec("ids", "int64", ("batch",), "ids")
 Y = TensorSpec("scores", "float32", ("batch", 4), "y")
 NEXT = TensorSpec("next", "int64", ("batch",), "next")
 SIGNATURE = Signature((X, IDS), (Y, NEXT), {"tuple": [0, 1]})
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_fake(tmp_path_factory.mktemp("fake"))
-
-
-@pytest.fixture
-def fake(library: Path, tmp_path: Path) -> Fake:
-    return copied(library, tmp_path)
 
 
 @pytest.fixture

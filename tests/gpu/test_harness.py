@@ -14,7 +14,7 @@ from effopt.backends.cuda_driver import Device, Stream
 from effopt.backends.onnx_plugins import plugins
 from effopt.errors import MissingError
 from effopt.plugin import FLOATS, Plugin, results, running
-from tests.fake_cuda import PTX, Fake, compile_fake, copied, needs_gcc
+from tests.fake_cuda import PTX, Fake, needs_gcc
 from tests.gpu import ptx
 from tests.gpu.harness import GUARD, Case, Loaded, OnDevice, Out, case, poison
 from tests.gpu.sizes import BATCHES, TIMED
@@ -22,16 +22,6 @@ from tests.gpu.timing import COUNT, WARM, Row, document, median_time, table, tor
 from tests.test_plugins import KERNELS
 
 pytestmark = needs_gcc
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_fake(tmp_path_factory.mktemp("fake"))
-
-
-@pytest.fixture
-def fake(library: Path, tmp_path: Path) -> Fake:
-    return copied(library, tmp_path)
 
 
 @pytest.fixture
