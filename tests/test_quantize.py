@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effopt.axis_rules import argument
 from effopt.calibration import read_calibration
 from effopt.capture import capture
 from effopt.errors import PreconditionError, UsageError
@@ -16,7 +17,7 @@ from effopt.kernel import kernel
 from effopt.passes.quantize import Quantize
 from effopt.passes.rounding import Grid, round_weight
 from effopt.pipeline import Pipeline, parse_passes, spec_of
-from effopt.program import Program
+from effopt.program import Program, module_path
 from effopt.recipe import steps_of
 from effopt.report import StepRecord
 from effopt.target import target
@@ -129,6 +130,17 @@ def _same_as_rounded(made: Program, net: Net, bits: int) -> None:
     want = net.eval()(x)
     # The same products in the same order: 0.0 was measured; a library may sum in another.
     assert (made.run((x,))[0] - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_a_bias_of_zeros_is_none() -> None:
+    net = Net()
+    for layer in (net.blocks[0].o, net.blocks[1].down):
+        layer.bias.zero_()
+    made, _, _ = quantized("quantize{scheme=int8-weight}", net, data=False)
+    paths = [module_path(node) for node in layers(made) if argument(node, "bias") is None]
+    assert paths == ["blocks.0.o", "blocks.1.down"]
+    _same_as_rounded(made, net, 8)
 
 
 @pytest.mark.parametrize(("scheme", "bits", "group"), [("int4-rtn", 4, 64), ("int8-weight", 8, 64)])
