@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from effopt.backend import Array, Artifact, Runner, Support
 from effopt.backends.onnx import MODEL, Onnx, models, opened
 from effopt.backends.onnx_check import check_file
-from effopt.backends.trt_modules import LIBRARIES, available, device, missing, module_name, require
+from effopt.backends.trt_modules import LIBRARIES, available, card, missing, module_name, require
 from effopt.backends.trt_plans import Model, build, compile_check, parse
 from effopt.backends.trt_profiles import known_sizes
 from effopt.engine import NARROW
@@ -76,7 +76,7 @@ class Trt:
         facts = {**made.facts, "sizes": known_sizes(program), **({NARROW: kind} if kind else {})}
         ptx, lacking = write_kernels(folder, made.facts["plugins"], target.arch)
         files = (*made.files, *ptx)
-        if missing(self.name) or device().arch != target.arch:
+        if missing(self.name) or card().arch != target.arch:
             engine_too = f"engine: to be built on {target.arch} with effopt build"
             pending = "; ".join(filter(None, (engine_too, lacking, unparsed)))
             unchecked = _no_stand_in(facts)
@@ -154,7 +154,7 @@ class Trt:
         if lacking := missing(self.name):
             return lacking[0]
         version = importlib.import_module(module_name(self.name)).__version__
-        return engine.unfit(str(version), device())
+        return engine.unfit(str(version), card())
 
 
 class TrtRtx(Trt):

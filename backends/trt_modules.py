@@ -43,8 +43,8 @@ LIBRARIES: Mapping[str, Library] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Device:
-    """A GPU: its architecture, as "sm_80", and what it is called."""
+class Card:
+    """A GPU that was not opened: its architecture, as "sm_80", and what it is called."""
 
     arch: str
     name: str
@@ -75,7 +75,7 @@ def module_name(kind: str) -> str:
     return found
 
 
-def device() -> Device:
+def card() -> Card:
     """Return the first GPU that the driver shows; no context is made. MissingError without one."""
     api = Api()
     if not api.get(ctypes.c_int, "cuDeviceGetCount"):
@@ -87,7 +87,7 @@ def device() -> Device:
     )
     name = ctypes.create_string_buffer(256)
     api.call("cuDeviceGetName", name, len(name), handle)
-    return Device(f"sm_{digits}", name.value.decode(errors="replace"))
+    return Card(f"sm_{digits}", name.value.decode(errors="replace"))
 
 
 def missing(kind: str) -> tuple[str, str] | None:
@@ -96,7 +96,7 @@ def missing(kind: str) -> tuple[str, str] | None:
     if installed(kind) is None:
         return f"{title} is not installed", LIBRARIES[kind].install
     try:
-        device()
+        card()
     except EffoptError as error:
         return f"{title} is installed; {error.reason}", error.remedy
     return None
@@ -108,11 +108,11 @@ def available(kind: str) -> Support:
     return Support(False, ": ".join(lacking)) if lacking else YES
 
 
-def require(kind: str, arch: str) -> Device:
+def require(kind: str, arch: str) -> Card:
     """Return the GPU, of architecture `arch`; MissingError for whatever is not as it must be."""
     if lacking := missing(kind):
         raise MissingError(*lacking)
-    found = device()
+    found = card()
     if found.arch != arch:
         reason = f"this GPU is {found.arch} ({found.name}), the folder was made for {arch}"
         raise MissingError(reason, f"build on an {arch} GPU, or convert for the target of this one")

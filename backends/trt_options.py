@@ -50,10 +50,25 @@ def complaint(name: str, value: Value) -> str:
 
 
 def check_options(options: Options) -> None:
-    """Raise UsageError for an option that there is not, or a value that it does not take."""
+    """Raise UsageError for an option that there is not, or a value that it does not take.
+
+    A file must be one that can be written: to find that out after the build would lose it.
+    """
     for name, value in options.items():
         if wrong := complaint(name, value):
             raise UsageError(wrong, f"known options: {', '.join(OPTIONS)}")
+        if name in PATHS and (wrong := _unwritable(Path(str(value)))):
+            reason = f"option {name!r}: {value} cannot be written: {wrong}"
+            raise UsageError(reason, "give a file in a folder of yours; it need not be there yet")
+
+
+def _unwritable(path: Path) -> str:
+    """Return why a file cannot be written whole or not at all, or ""."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if path.is_dir():
+        return "it is a folder"
+    return "" if os.access(path.parent, os.W_OK) else f"{path.parent} is read-only"
 
 
 def refusal(trt: Any, name: str) -> str:

@@ -12,8 +12,8 @@ from effopt.backends.split_record import read_split
 from effopt.backends.trt_build import PARSING, Outcome, Request, ask
 from effopt.backends.trt_modules import (
     LIBRARIES,
-    Device,
-    device,
+    Card,
+    card,
     installed,
     missing,
     module_name,
@@ -78,7 +78,7 @@ def build(kind: str, model: Model, wish: Wish, tell: Tell) -> Engine:
 
     Raises what `Outcome.require` does where a file is refused.
     """
-    here = device()
+    here = card()
     if wish.old is not None:
         return _refitted(kind, model, wish.old, here, tell)
     found = _built(kind, here.arch, model, model.folder, wish, tell)
@@ -96,7 +96,7 @@ def compile_check(
     Raises MissingError where no library here builds without a GPU.
     """
     lacking = missing(kind)
-    fits = lacking is None and device().arch == arch
+    fits = lacking is None and card().arch == arch
     used = kind if fits else CHECKER
     aim = arch if fits else nearest(arch)
     if installed(used) is None:
@@ -152,7 +152,7 @@ def _built(
     return _each(model, "build", request, tell)
 
 
-def _refitted(kind: str, model: Model, old: Path, here: Device, tell: Tell) -> Engine:
+def _refitted(kind: str, model: Model, old: Path, here: Card, tell: Tell) -> Engine:
     """Put the weights of each file into the plan that an old folder has of the same file.
 
     Not run: it needs a GPU.
@@ -176,7 +176,7 @@ def _refitted(kind: str, model: Model, old: Path, here: Device, tell: Tell) -> E
     return replace(made, plugins=before.plugins, note=before.note)
 
 
-def _no_refit(kind: str, before: Engine | None, model: Model, here: Device) -> str:
+def _no_refit(kind: str, before: Engine | None, model: Model, here: Card) -> str:
     """Return why plans take no new weights, or ""."""
     if before is None:
         return "it has no built engine"
@@ -211,7 +211,7 @@ def _sums(found: Mapping[str, Outcome]) -> dict[str, Any]:
 
 def _engine(
     kind: str,
-    here: Device,
+    here: Card,
     found: Mapping[str, Outcome],
     sizes: Mapping[str, tuple[int, int, int]],
     options: Mapping[str, bool | int | str],

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from effopt.backends.trt_modules import LIBRARIES, Device, number
+from effopt.backends.trt_modules import LIBRARIES, Card, number
 from effopt.backends.trt_options import PATHS, Options, complaint
 from effopt.errors import UnsafeFileError
 
@@ -41,12 +41,12 @@ class Engine:
         """Return the plain record."""
         return asdict(self)
 
-    def unfit(self, version: str, device: Device) -> str:
+    def unfit(self, version: str, card: Card) -> str:
         """Return why the plans cannot run in a library of a version on a GPU, or ""."""
         title = LIBRARIES[self.library].title
-        portable = self.options.get("hardware_compatible") and device.number >= _AMPERE
-        if device.arch != self.arch and not (portable and number(self.arch) >= _AMPERE):
-            return f"its engine was built for {self.arch}, this GPU is {device.arch}"
+        portable = self.options.get("hardware_compatible") and card.number >= _AMPERE
+        if card.arch != self.arch and not (portable and number(self.arch) >= _AMPERE):
+            return f"its engine was built for {self.arch}, this GPU is {card.arch}"
         if version != self.version:
             return f"its engine was built by {title} {self.version}, here is {version}"
         return ""

@@ -271,6 +271,16 @@ def test_a_backend_that_builds_nothing_is_told(folder: Path) -> None:
         finish(folder, Wish(), "onnx")
 
 
+def test_timings_that_cannot_be_kept_are_found_before_the_build(
+    machine: Machine, folder: Path, tmp_path: Path
+) -> None:
+    machine.library(errors=[("the build was begun", "", "")])
+    machine.card()
+    for path, reason in ((tmp_path / "no" / "cache", "there is no folder"), (tmp_path, "a folder")):
+        with pytest.raises(UsageError, match=reason):
+            finish(folder, Wish(options={"timing_cache": str(path)}))
+
+
 def test_a_folder_chooses_no_file_that_is_written(
     machine: Machine, folder: Path, tmp_path: Path
 ) -> None:

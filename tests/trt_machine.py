@@ -12,7 +12,7 @@ import pytest
 
 from effopt.backends import trt, trt_modules, trt_plans, trt_runner
 from effopt.backends.session import Session
-from effopt.backends.trt_modules import Device
+from effopt.backends.trt_modules import Card
 from effopt.errors import MissingError
 from effopt.signature import Signature
 from tests.trt_fake import Fake
@@ -35,11 +35,11 @@ class Machine:
         self._patch, self._folder = patch, folder
         self.installed: dict[str, str] = {}
         for module in (trt, trt_modules, trt_plans):
-            patch.setattr(module, "device", self._device)
+            patch.setattr(module, "card", self._card)
             patch.setattr(module, "installed", self.installed.get, raising=False)
         patch.setattr(trt_runner, "TrtRunner", self._runner)
         patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
-        self.gpu: Device | None = None
+        self.gpu: Card | None = None
         self.wrong = False
         """Whether plans give other numbers than their files."""
 
@@ -52,9 +52,9 @@ class Machine:
 
     def card(self, arch: str = "sm_80") -> None:
         """Put a GPU in, or another in its place."""
-        self.gpu = Device(arch, "NVIDIA A100")
+        self.gpu = Card(arch, "NVIDIA A100")
 
-    def _device(self) -> Device:
+    def _card(self) -> Card:
         if self.gpu is None:
             raise MissingError("no NVIDIA driver on this machine", "run this where the GPU is")
         return self.gpu

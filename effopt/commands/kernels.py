@@ -14,6 +14,7 @@ EXAMPLES = """\
   effopt kernels --json
   effopt kernels -o plugins/ --target a100
 """
+TARGET = "a100"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,14 +26,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="new folder for the C++ sources of all plugins, to compile for trtexec and C++",
     )
     parser.add_argument(
-        "--target", metavar="T", default="a100", help="GPU that they are for (default: a100)"
+        "--target", metavar="T", help=f"GPU that the sources are for (default: {TARGET})"
     )
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
     """List the kernels; with a folder, write the sources there."""
     if arguments.output:
-        return _written(Path(arguments.output), arguments.target, progress)
+        return _written(Path(arguments.output), arguments.target or TARGET, progress)
+    if arguments.target:
+        reason = "--target says what C++ sources are for, and no folder is given for them"
+        raise UsageError(reason, "add -o DIR, or leave --target out: the list is of all targets")
     from effopt.kernel import kernels
     from effopt.plugin import FLOATS
     from effopt.report_text import plain_table

@@ -70,6 +70,11 @@ def test_tables(shell: Shell, name: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_target_of_kernels_without_a_folder_is_not_ignored(shell: Shell) -> None:
+    assert shell("kernels", "--target", "a100")[0] == 2
+    assert "add -o DIR" in shell.err
+
+
 def test_version(shell: Shell) -> None:
     code, document = shell.json("--version")
     assert code == 0
