@@ -42,6 +42,7 @@ def write(
     from effopt.backends.onnx_lower import lower
     from effopt.backends.split import FORM, write_split
     from effopt.exits import find_exits, with_thresholds
+    from effopt.memory import give_back_graphs
 
     known = {
         "effopt.version": importlib.metadata.version("effopt"),
@@ -54,11 +55,16 @@ def write(
     signature = with_thresholds(program)
     if exits is not None and exits.form == FORM:
         split = write_split(program, folder, kind, known, extended=extended, plugins=plugins)
-        names = [part.file for part in split.segments]
-        return _artifact(folder, names, {"split": split.to_json()}, {})
-    made = (lower_exits if exits else lower)(program, kind, plugins=plugins)
-    ports = save(made, signature, folder, known, extended=extended)
-    return _artifact(folder, [MODEL], {}, ports)
+        names, facts = [part.file for part in split.segments], {"split": split.to_json()}
+        ports: Mapping[str, str] = {}
+    else:
+        made = (lower_exits if exits else lower)(program, kind, plugins=plugins)
+        names, facts = [MODEL], {}
+        ports = save(made, signature, folder, known, extended=extended)
+        del made
+    if (folder / WEIGHTS).exists():  # they are large
+        give_back_graphs()
+    return _artifact(folder, names, facts, ports)
 
 
 def _artifact(

@@ -46,6 +46,7 @@ class Ort:
         from effopt.backends.fused_check import check_fused
         from effopt.backends.quantized import linears
         from effopt.exits import with_thresholds
+        from effopt.memory import give_back
         from effopt.program import where
 
         made = Onnx().build(program, target, folder)
@@ -54,6 +55,7 @@ class Ort:
         if found := linears(program):
             files = [folder / name for name in models(made)]
             check_fused(files, {node.name: where(node) for node in found})
+            give_back()  # of the sessions, which held the weights
         import onnxruntime  # the package may be onnxruntime-gpu: only the module knows
 
         tools = {**made.facts["tools"], "onnxruntime": str(onnxruntime.__version__)}

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from effopt.backend import Array
 
 MICROSOFT = "com.microsoft"
+LARGE = 1 << 20
+"""Bytes from which on a tensor is made anew when it is written: to keep what is packed of all
+linears would take as much memory as the file."""
 
 T = TypeVar("T")
 
@@ -80,6 +83,20 @@ def _array(value: ir.Value | None) -> Array:
     return value.const_value.numpy()
 
 
+def _weight(make: Callable[[], Array | ir.TensorProtocol]) -> ir.TensorProtocol:
+    """Return the tensor of what `make` makes, the same each time."""
+    tensor = _tensor(make())
+    if tensor.nbytes < LARGE:
+        return tensor
+    kind, shape = tensor.dtype, tensor.shape
+    assert isinstance(shape, ir.Shape)
+    return ir.LazyTensor(lambda: _tensor(make()), dtype=kind, shape=shape, cache=False)
+
+
+def _tensor(made: Array | ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(np.ascontiguousarray(made)) if isinstance(made, np.ndarray) else made
+
+
 class Draft:
     """Nodes and constants of the forms of one graph; what is equal is written once."""
 
@@ -111,7 +128,7 @@ class Draft:
         """Return an initializer, `<linear>.<part>`; one for all linears of that weight and form."""
         form = (linear.activations, linear.bits, linear.group, linear.x.dtype, linear.launched)
         key = ("weight", part, linear.weight, form)
-        return self.once(key, lambda: self.constant(f"{linear.name}.{part}", make()))
+        return self.once(key, lambda: self.constant(f"{linear.name}.{part}", _weight(make)))
 
     def scalar(self, number: float, kind: ir.DataType) -> ir.Value:
         """Return a constant number as an initializer, one for each number and type."""
@@ -121,7 +138,7 @@ class Draft:
 
     def constant(self, name: str, made: Array | ir.TensorProtocol) -> ir.Value:
         """Add an initializer; a name that is taken gets a number."""
-        tensor = ir.tensor(np.ascontiguousarray(made)) if isinstance(made, np.ndarray) else made
+        tensor = _tensor(made)
         shape = ir.Shape(tuple(tensor.shape.numpy()))
         free, count = name, 0
         while free in self._graph.initializers:

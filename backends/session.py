@@ -120,6 +120,7 @@ def _open(
     options.log_severity_level = 3  # errors only: its warnings are about its own choices
     if check_only:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if check_only or optimized is not None:  # it is not run: no second copy of the weights
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not alone:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

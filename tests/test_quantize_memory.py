@@ -24,10 +24,10 @@ from tests import programs
 
 LINEAR = torch.ops.aten.linear.default
 
-LIMIT = 1.65
-"""Measured: 1.54 at 262 MiB. The codes are 0.25 of it, and a scaled or rounded float copy of all
-weights would be 1 more. The rest is of one layer, and of tracing: less beside 2 GB, where 1.45 was
-measured with int4-awq."""
+LIMIT = 1.85
+"""Measured: 1.71 at 530 MiB, where 2.1 was when codes lay in memory in two orders and sessions kept
+theirs. Codes are 0.25 of it, and a float copy of all weights would be 1 more. The rest is of one
+layer and of tracing: less beside 2 GB, where 1.48 was measured with int8-dynamic and data."""
 
 
 def calibrated(name: str) -> Program:
@@ -148,7 +148,7 @@ def test_a_weight_that_scaling_takes_out_of_its_range_is_refused() -> None:
 
 
 MEASURE = """
-import json, sys
+import json, sys, tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import effopt
@@ -162,21 +162,23 @@ def quantize(wide, layers):
     sizes = dict(hidden_size=wide, intermediate_size=3 * wide, num_hidden_layers=layers)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
     recipe = "quantize{scheme=" + sys.argv[1] + "}"
-    effopt.optimize(model, batches[0], recipe=recipe, calibration=batches)
+    made = effopt.optimize(model, batches[0], recipe=recipe, calibration=batches)
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(folder + "/engine", measure=False)
     return sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 
 quantize(64, 1)
-print(json.dumps([peak_rss_mb(), quantize(512, 20), peak_rss_mb()]))
+print(json.dumps([peak_rss_mb(), quantize(768, 18), peak_rss_mb()]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int4-rtn"])
-def test_a_model_is_quantized_in_one_and_a_half_times_its_weights(scheme: str) -> None:
-    """Peak memory above that of a process that has quantized a tiny model, over the weights."""
+@pytest.mark.parametrize("scheme", ["int8-weight"])
+def test_a_model_is_converted_in_one_and_a_half_times_its_weights(scheme: str) -> None:
+    """Peak memory above that of a process that has converted a tiny model, over the weights."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, scheme], capture_output=True, text=True, check=True
     )
     base, weights, peak = json.loads(done.stdout.splitlines()[-1])
-    assert weights > 250
+    assert weights > 500
     assert (peak - base) / weights <= LIMIT
