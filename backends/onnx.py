@@ -42,7 +42,7 @@ def write(
     from effopt.backends.onnx_lower import lower
     from effopt.backends.split import FORM, write_split
     from effopt.exits import find_exits, with_thresholds
-    from effopt.memory import give_back_graphs
+    from effopt.memory import HEAVY, give_back_graphs
 
     known = {
         "effopt.version": importlib.metadata.version("effopt"),
@@ -62,7 +62,7 @@ def write(
         names, facts = [MODEL], {}
         ports = save(made, signature, folder, known, extended=extended)
         del made
-    if (folder / WEIGHTS).exists():  # they are large
+    if program.weight_bytes() > HEAVY:
         give_back_graphs()
     return _artifact(folder, names, facts, ports)
 

@@ -55,7 +55,7 @@ class Ort:
         if found := linears(program):
             files = [folder / name for name in models(made)]
             check_fused(files, {node.name: where(node) for node in found})
-            give_back()  # of the sessions, which held the weights
+        give_back()  # the sessions held the weights
         import onnxruntime  # the package may be onnxruntime-gpu: only the module knows
 
         tools = {**made.facts["tools"], "onnxruntime": str(onnxruntime.__version__)}

@@ -84,7 +84,11 @@ def _array(value: ir.Value | None) -> Array:
 
 
 def _weight(make: Callable[[], Array | ir.TensorProtocol]) -> ir.TensorProtocol:
-    """Return the tensor of what `make` makes, the same each time."""
+    """Return the tensor of what `make` makes.
+
+    It is called again whenever a large tensor is read: it gives the same each time, and what it
+    closes over is the linear alone, no copy.
+    """
     tensor = _tensor(make())
     if tensor.nbytes < LARGE:
         return tensor

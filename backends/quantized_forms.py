@@ -95,10 +95,9 @@ def launched(draft: Draft, linear: Linear) -> ir.Value:
     """Write the node of our plugin, on rows [M, K]."""
     x, inner, outputs = linear.x, linear.inner, linear.outputs
     assert x.shape is not None
-    codes = torch.from_numpy(np.array(linear.codes))
     zeros = np.zeros(outputs, _real(linear).numpy())
     read = (
-        draft.weight(linear, "codes", lambda: packed(codes).numpy()),
+        draft.weight(linear, "codes", lambda: _launched_codes(linear.codes)),
         draft.weight(linear, "scale", lambda: linear.scale),
         draft.weight(linear, "bias", lambda: zeros) if linear.bias is None else linear.bias,
     )
@@ -108,6 +107,10 @@ def launched(draft: Draft, linear: Linear) -> ir.Value:
     product = draft.op(PLUGIN.name, rows, *read, name=linear.name, domain=DOMAIN)
     fixed = [int(size) for size in x.shape[1:-1]]  # type: ignore[arg-type]
     return draft.op("Reshape", product, _sizes(draft, -1, *fixed, outputs))
+
+
+def _launched_codes(codes: Array) -> Array:
+    return np.asarray(packed(torch.from_numpy(np.array(codes))).numpy())
 
 
 def _sizes(draft: Draft, *sizes: int) -> ir.Value:

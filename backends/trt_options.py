@@ -57,18 +57,22 @@ def check_options(options: Options) -> None:
     for name, value in options.items():
         if wrong := complaint(name, value):
             raise UsageError(wrong, f"known options: {', '.join(OPTIONS)}")
-        if name in PATHS and (wrong := _unwritable(Path(str(value)))):
-            reason = f"option {name!r}: {value} cannot be written: {wrong}"
-            raise UsageError(reason, "give a file in a folder of yours; it need not be there yet")
+        if name in PATHS and (wrong := _irreplaceable(Path(str(value)))):
+            reason = f"option {name!r}: {str(value)!a:.200} cannot be read and replaced: {wrong}"
+            raise UsageError(reason, "give a file of yours, new or of an earlier build")
 
 
-def _unwritable(path: Path) -> str:
-    """Return why a file cannot be written whole or not at all, or ""."""
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    if path.is_dir():
-        return "it is a folder"
-    return "" if os.access(path.parent, os.W_OK) else f"{path.parent} is read-only"
+def _irreplaceable(path: Path) -> str:
+    """Return why a file, which need not be there, cannot be read and then replaced; or ""."""
+    try:
+        if not path.parent.is_dir():
+            return f"there is no folder {path.parent}"
+        if path.exists() and not (path.is_file() and os.access(path, os.R_OK)):
+            return "it is no file, or one of others"
+    except OSError as error:  # a folder that may not be looked into, or a name that is too long
+        return str(error.strerror)
+    writable = os.access(path.parent, os.W_OK | os.X_OK)
+    return "" if writable else f"{path.parent} takes no new files"
 
 
 def refusal(trt: Any, name: str) -> str:

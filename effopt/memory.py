@@ -4,6 +4,9 @@ import ctypes
 import gc
 import sys
 
+HEAVY = 64 << 20
+"""Bytes of weights from which on it is worth time to hold them fewer times."""
+
 
 def give_back() -> None:
     """Give freed memory back where the C library would keep it, as glibc does; elsewhere nothing.

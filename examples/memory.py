@@ -12,13 +12,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+from rich.table import Table
 
 from effopt.console import Progress, print_error
 from effopt.errors import EffoptError
 from effopt.measure import peak_rss_mb
+from effopt.passes.schemes import SCHEMES
+from examples.variants import chosen, text_of
 
-SCHEMES = ("int8-dynamic", "int4-awq", "int4-gptq")
+MEASURED = ("int8-dynamic", "int4-awq", "int4-gptq")
+HEAD = 64
 WIDTH, LAYERS = 2048, 10
 """Of a Llama with 1,946 MiB of weights in float32, of which 1 in 120 are embeddings and head."""
 
@@ -66,7 +72,7 @@ def _convert(scheme: str, width: int, layers: int) -> tuple[float, float]:
         hidden_size=width,
         intermediate_size=width * 43 // 16,
         num_hidden_layers=layers,
-        num_attention_heads=width // 64,
+        num_attention_heads=width // HEAD,
         vocab_size=1024,
     )
     model: torch.nn.Module = transformers.LlamaForCausalLM(config)
@@ -81,10 +87,6 @@ def _convert(scheme: str, width: int, layers: int) -> tuple[float, float]:
 
 def text(found: Sequence[Peak]) -> str:
     """Write the table and what its figures are."""
-    from rich.table import Table
-
-    from examples.variants import text_of
-
     made = Table("scheme", "effopt.optimize", "with save")
     for row in found:
         made.add_row(row.scheme, f"{row.optimized:.2f}", f"{row.saved:.2f}")
@@ -107,20 +109,26 @@ def run(
     return found
 
 
+def _multiple(unit: int, text: str) -> int:
+    if not text.isdecimal() or not int(text) or int(text) % unit:
+        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of {unit}")
+    return int(text)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="examples.memory", description=__doc__)
-    schemes = ",".join(SCHEMES)
-    parser.add_argument(
-        "--schemes", default=schemes, help=f"schemes to measure (of {schemes}, ...)"
-    )
-    for name, default in (("width", WIDTH), ("layers", LAYERS)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    every, known = ",".join(MEASURED), ", ".join(SCHEMES)
+    reader = chosen(SCHEMES, "scheme")
+    parser.add_argument("--schemes", type=reader, default=every, help=f"of {known}")
+    for name, default, unit in (("width", WIDTH, HEAD), ("layers", LAYERS, 1)):
+        kind = partial(_multiple, unit)
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default: {default}")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args(words)
     try:
         with redirect_stdout(sys.stderr), Progress(quiet=False) as progress:
-            found = run(given.schemes.split(","), given.width, given.layers, progress.stage)
+            found = run(given.schemes, given.width, given.layers, progress.stage)
     except EffoptError as error:
         print_error(error, error.exit_code, given.json, sys.stdout)
         return error.exit_code

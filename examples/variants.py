@@ -51,7 +51,7 @@ class Variant:
     plain: bool = False
 
 
-def chosen(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+def chosen(known: Iterable[str], what: str = "model") -> Callable[[str], tuple[str, ...]]:
     """Return the reader of an option that lists some of the known names: `a,b`."""
     names = tuple(known)
 
@@ -59,7 +59,7 @@ def chosen(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
         given = tuple(name.strip() for name in text.split(","))
         for name in given:
             if name not in names:
-                wrong = unknown("model", name, names)
+                wrong = unknown(what, name, names)
                 raise argparse.ArgumentTypeError(f"{wrong.reason}: {wrong.remedy}")
         return given
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from effopt.backend import Runner, as_array, backend
-from effopt.backends import onnx_size, quantized, session
+from effopt.backends import onnx_file, onnx_size, quantized, quantized_draft, session
 from effopt.backends.fused_check import FUSED, check_fused, check_graphs
 from effopt.backends.onnx_check import check_file
 from effopt.backends.packing import pack_pairs
@@ -176,6 +176,28 @@ def test_numbers_and_what_the_engine_makes_of_it(tmp_path: Path, row: str) -> No
     assert set(domains) <= ({"com.microsoft"} if name == "cpu" else set())
     floats = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT]
     assert max(np.prod(t.dims) for t in floats) <= N * K // 32, "a weight in float is in the file"
+
+
+@pytest.mark.parametrize(
+    ("name", "schemes"),
+    [("cpu", (FLOATS[1], TENSOR)), ("onnx", (FLOAT4, STATIC)), ("a100", (FLOAT4 | {"group": 64},))],
+)
+def test_weights_made_when_they_are_written_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, schemes: tuple[Words, ...]
+) -> None:
+    """Inside the file and beside it; tensors of less than 1 MiB are made at once."""
+    program, files = captured(*schemes), list[dict[str, bytes]]()
+    for large in (0, 1 << 20):
+        monkeypatch.setattr(quantized_draft, "LARGE", large)
+        for beside in (0, 1 << 30):
+            monkeypatch.setattr(onnx_file, "EXTERNAL_FROM", beside)
+            folder = tmp_path / f"{large}-{beside}"
+            folder.mkdir()
+            backend("onnx").build(program, target(name), folder)
+            files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(files[0]) == 2
+    assert len(files[1]) == 1
+    assert files[:2] == files[2:]
 
 
 def test_static_on_a_gpu_is_signed_pairs(tmp_path: Path) -> None:

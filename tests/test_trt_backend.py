@@ -1,6 +1,7 @@
 """Folders of GPU targets: what is pending, what runs in an engine's place, and how it is built."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,11 @@ def test_timings_that_cannot_be_kept_are_found_before_the_build(
 ) -> None:
     machine.library(errors=[("the build was begun", "", "")])
     machine.card()
-    for path, reason in ((tmp_path / "no" / "cache", "there is no folder"), (tmp_path, "a folder")):
+    long, device = str(tmp_path / ("x" * 300)), os.devnull
+    reasons = {str(tmp_path / "no" / "cache"): "there is no folder", long: "name too long"}
+    for path, reason in {**reasons, str(tmp_path): "is no file", device: "is no file"}.items():
         with pytest.raises(UsageError, match=reason):
-            finish(folder, Wish(options={"timing_cache": str(path)}))
+            finish(folder, Wish(options={"timing_cache": path}))
 
 
 def test_a_folder_chooses_no_file_that_is_written(

@@ -32,9 +32,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> Answer:
     """List the kernels; with a folder, write the sources there."""
+    wanted = arguments.target
     if arguments.output:
-        return _written(Path(arguments.output), arguments.target or TARGET, progress)
-    if arguments.target:
+        return _written(Path(arguments.output), TARGET if wanted is None else wanted, progress)
+    if wanted is not None:
         reason = "--target says what C++ sources are for, and no folder is given for them"
         raise UsageError(reason, "add -o DIR, or leave --target out: the list is of all targets")
     from effopt.kernel import kernels
