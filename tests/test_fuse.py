@@ -169,8 +169,13 @@ def test_every_site_of_a_recipe_is_one_kernel(
 @pytest.mark.parametrize(
     ("name", "recipe", "wanted"),
     [
-        ("bert_tokens", "tome{r=3}", {"MatchMerge": 3, "GroupTokens": 3, "GatherTokens": 1}),
-        pytest.param("vit", "evit", {"PruneTokens": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            "bert_tokens",
+            "tome{r=3}",
+            {"MatchMerge": 3, "GroupTokens": 3, "GatherTokens": 1},
+            marks=pytest.mark.slow,
+        ),
+        ("vit", "evit", {"PruneTokens": 3}),
     ],
 )
 def test_a_file_with_functions_says_what_the_program_says(

@@ -7,13 +7,14 @@ how far it is. A fault is shown as code that makes the smallest model of its kin
 import pytest
 
 from tests.fuzz.campaign import Tally, batch
+from tests.thin import thin
 
 MODELS = 4
 """Models a test, each with a dozen passes."""
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", thin(range(2)))
 def test_random_models_are_reduced_rightly_or_refused(number: int) -> None:
     tally = Tally()
     batch(number, MODELS, tally)

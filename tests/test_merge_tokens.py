@@ -10,6 +10,7 @@ from effopt.passes.schedule import linear
 from tests import blocks, eager
 from tests.check import Check, agree, text
 from tests.programs import draw, made, normal, reduced, run, without_padding
+from tests.thin import thin
 
 PROTECTED = {
     **{"vit": 1, "deit": 2, "dinov2": 1, "clip_vision": 1, "bert": 1, "bert_tokens": 0},
@@ -39,7 +40,7 @@ def oracle(
     return blocks.reference(name, made(name)[0], inputs, steps, proportional)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", thin(SPECS))
 @pytest.mark.parametrize("name", PROTECTED)
 def test_merging_agrees_with_the_eager_oracle(name: str, spec: str) -> None:
     program, _ = reduced(name, spec)

@@ -124,7 +124,7 @@ HOW: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("how", list(HOW))
+@pytest.mark.parametrize("how", thin(HOW))
 def test_masks_and_scale(tmp_path: Path, how: str) -> None:
     program = capture(Attend(HOW[how]), {"x": tokens()})
     runner = opened(program, tmp_path)

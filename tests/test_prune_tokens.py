@@ -13,6 +13,7 @@ from tests.check import Check, agree, text
 from tests.eager import Tokens, encode, prune
 from tests.programs import draw, made, reduced, run, without_padding
 from tests.spellings import WIDTH, Net, ScaledBlock
+from tests.thin import thin
 
 PICKS = {"vit": (0,), "deit": (0, 1), "dinov2": (0,), "clip_vision": (0,), "bert": (0,)}
 PICKS["roberta"] = (0,)
@@ -234,7 +235,7 @@ def test_a_torch_encoder_with_tokens_first(norm_first: bool, options: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", FUSE)
+@pytest.mark.parametrize("options", thin(FUSE))
 def test_half_precision_stays_half_precision(dtype: torch.dtype, options: str) -> None:
     net = Net(lambda net, x: net.head(x[:, 0] + x[:, 1:].mean(1))).to(dtype)
     check = Check(net, torch.randn(2, 12, 16, dtype=dtype)).normal()

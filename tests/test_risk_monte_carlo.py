@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from effopt.risk import choose
+from tests.thin import thin
 
 Floats = NDArray[np.float64]
 Table = NDArray[Any]
@@ -113,7 +114,7 @@ def two_exit_risks() -> Floats:
 
 # Broken and mean risk: at 500 rows ltt .065 .0118, ltt-hb .027 .0096, wsr .078 .0092; at 200 rows
 # .042 .0287, .016 .0243, .063 .0248.
-@pytest.mark.parametrize("rule", ["ltt", "ltt-hb", "wsr"])
+@pytest.mark.parametrize("rule", thin(["ltt", "ltt-hb", "wsr"]))
 @pytest.mark.parametrize(
     ("epsilon", "rows"), [(0.02, 500), pytest.param(0.05, 200, marks=pytest.mark.slow)]
 )

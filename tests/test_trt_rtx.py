@@ -5,6 +5,7 @@ here runs a plan.
 """
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,17 @@ def agrees(program: Program, folder: Path, recipe: str) -> None:
         assert np.abs(got.astype(np.float32) - want.float().numpy()).max() <= most
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
-@pytest.mark.parametrize("recipe", [*RECIPES, "quantize{scheme=fp16}"])
+def in_turn(recipes: Iterable[str]) -> list[Any]:
+    """Each recipe with one of the models, in turn; all pairs in the slow set."""
+    slow = pytest.mark.slow
+    return [
+        (recipe, name) if (row + column) % 2 == 0 else pytest.param(recipe, name, marks=slow)
+        for row, recipe in enumerate(recipes)
+        for column, name in enumerate(("vit", "bert"))
+    ]
+
+
+@pytest.mark.parametrize(("recipe", "name"), in_turn([*RECIPES, "quantize{scheme=fp16}"]))
 def test_every_recipe_builds_for_ampere_and_ada(name: str, recipe: str, tmp_path: Path) -> None:
     """In the plugin-free form, which onnxruntime runs as eager torch does."""
     program = written(name, recipe, "a100{plugins=off}", tmp_path)
@@ -147,8 +157,7 @@ def test_every_recipe_builds_for_ampere_and_ada(name: str, recipe: str, tmp_path
     assert found.plugins == 0
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
-@pytest.mark.parametrize("recipe", thin(("tome", "balanced", "evit", "fast")))
+@pytest.mark.parametrize(("recipe", "name"), in_turn(TOKENS))
 def test_files_with_plugins_build_by_their_functions(
     name: str, recipe: str, tmp_path: Path
 ) -> None:
