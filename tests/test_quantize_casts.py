@@ -10,6 +10,7 @@ import effopt
 from effopt.errors import PreconditionError
 from effopt.program import Program
 from tests.test_quantize import BLOCK, Net, inputs, quantized
+from tests.thin import thin
 
 aten = torch.ops.aten
 KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -86,7 +87,7 @@ def test_a_shared_weight_is_kept_once() -> None:
     assert after < 0.7 * before
 
 
-@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("scheme", thin(KINDS))
 def test_the_file_is_half_the_size_and_runs(tmp_path: Path, scheme: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 256), nn.Linear(256, 64))

@@ -169,7 +169,7 @@ def test_files_with_plugins_build_by_their_functions(
     assert built(program, tmp_path, ARCHS).plugins == 0
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("name", thin(["vit", "bert"]))
 @pytest.mark.parametrize("recipe", thin([r for r in RECIPES if r not in TOKENS], 3))
 def test_a_file_without_tokens_to_move_has_no_plugins_for_it(
     name: str, recipe: str, tmp_path: Path
@@ -179,7 +179,7 @@ def test_a_file_without_tokens_to_move_has_no_plugins_for_it(
     agrees(program, tmp_path, recipe)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("name", thin(["vit", "bert"]))
 def test_8_bit_floats_build_for_ada_alone(name: str, tmp_path: Path) -> None:
     program = written(name, FP8, "l4{plugins=off}", tmp_path)
     assert HOLDS[FP8] in check_file(tmp_path / MODEL)
