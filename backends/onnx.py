@@ -42,7 +42,6 @@ def write(
     from effopt.backends.onnx_lower import lower
     from effopt.backends.split import FORM, write_split
     from effopt.exits import find_exits, with_thresholds
-    from effopt.memory import HEAVY, give_back_graphs
 
     known = {
         "effopt.version": importlib.metadata.version("effopt"),
@@ -55,16 +54,11 @@ def write(
     signature = with_thresholds(program)
     if exits is not None and exits.form == FORM:
         split = write_split(program, folder, kind, known, extended=extended, plugins=plugins)
-        names, facts = [part.file for part in split.segments], {"split": split.to_json()}
-        ports: Mapping[str, str] = {}
-    else:
-        made = (lower_exits if exits else lower)(program, kind, plugins=plugins)
-        names, facts = [MODEL], {}
-        ports = save(made, signature, folder, known, extended=extended)
-        del made
-    if program.weight_bytes() > HEAVY:
-        give_back_graphs()
-    return _artifact(folder, names, facts, ports)
+        names = [part.file for part in split.segments]
+        return _artifact(folder, names, {"split": split.to_json()}, {})
+    made = (lower_exits if exits else lower)(program, kind, plugins=plugins)
+    ports = save(made, signature, folder, known, extended=extended)
+    return _artifact(folder, [MODEL], {}, ports)
 
 
 def _artifact(

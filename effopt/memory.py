@@ -1,11 +1,7 @@
 """Memory that was freed, given back to the system."""
 
 import ctypes
-import gc
 import sys
-
-HEAVY = 64 << 20
-"""Bytes of weights from which on it is worth time to hold them fewer times."""
 
 
 def give_back() -> None:
@@ -18,9 +14,3 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
             trim(0)
-
-
-def give_back_graphs() -> None:
-    """Give back what graphs held that are no longer used: they refer to themselves."""
-    gc.collect()
-    give_back()

@@ -15,7 +15,6 @@ from effopt.engine import Engine, check
 from effopt.errors import PreconditionError, VerificationError
 from effopt.exits import find_exits, with_thresholds, without_exits
 from effopt.fingerprint import fingerprint
-from effopt.memory import HEAVY
 from effopt.optimizer import Clock, Optimized, named, refresh
 from effopt.program import Program
 from effopt.reference import write_reference
@@ -29,6 +28,9 @@ BASELINE = "exact export"
 OURS = "effopt"
 BUDGET = 4.0
 """Seconds of timing for each batch size."""
+HEAVY = 64 << 20
+"""Bytes of weights from which the engine is checked in a process of its own."""
+
 _PORTABLE = "onnx"
 """The backend that runs the files of an engine which is still pending."""
 
@@ -65,7 +67,7 @@ def _fill(optimized: Optimized, fresh: Path, measure: bool) -> tuple[folders.Man
     notes, latency = list(optimized.report.notes), tuple[Latency, ...]()
     here = _runnable(vendor, artifact)
     if here.ok:
-        with clock.stage("check"):  # a heavy one in a process of its own
+        with clock.stage("check"):
             _check(vendor, fresh, manifest, optimized.program.weight_bytes() > HEAVY)
         if measure and not artifact.pending:
             latency = _measure(optimized, vendor, fresh, clock)
